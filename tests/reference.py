@@ -1,0 +1,203 @@
+"""The papers' algorithms, slow and obvious: the oracle for correctness and the baseline for speed.
+
+Nothing is imported from the scripts. Networks are lists of (weight, bias) pairs applied to concatenated inputs,
+gradients come from autograd on the loss as the paper prints it, Adam is written out. Everything is float64 unless a
+caller passes float32 weights. Redundancy is kept on purpose: states repeated for every particle and every reverse
+sample, M policy passes, both samplings in every update, as in SDAC's official code.
+"""
+
+import math
+
+import torch
+
+PI = math.pi
+
+
+# Pieces that several algorithms share
+
+
+def mish(x):
+    return x * torch.tanh(torch.log1p(torch.exp(-x.abs())) + x.clamp(min=0))  # tanh of a stable softplus
+
+
+def relu(x):
+    return x.clamp(min=0)
+
+
+def mlp(layers, x, activation):
+    """A network given as [(weight, bias), ...], linear at the end."""
+    for weight, bias in layers[:-1]:
+        x = activation(x @ weight.T + bias)
+    weight, bias = layers[-1]
+    return x @ weight.T + bias
+
+
+def flat(network):
+    """All tensors of a network given as nested lists and tuples."""
+    return [network] if torch.is_tensor(network) else [leaf for part in network for leaf in flat(part)]
+
+
+class Adam:
+    """Kingma and Ba's Algorithm 1 with eps 1e-8."""
+
+    def __init__(self, parameters, lr):
+        self.parameters, self.lr, self.t = parameters, lr, 0
+        self.m = [torch.zeros_like(p) for p in parameters]
+        self.v = [torch.zeros_like(p) for p in parameters]
+
+    def step(self, loss):
+        gradients = torch.autograd.grad(loss, self.parameters)
+        self.t += 1
+        with torch.no_grad():
+            for p, g, m, v in zip(self.parameters, gradients, self.m, self.v):
+                m.copy_(0.9 * m + 0.1 * g)
+                v.copy_(0.999 * v + 0.001 * g * g)
+                m_hat, v_hat = m / (1 - 0.9**self.t), v / (1 - 0.999**self.t)
+                p -= self.lr * m_hat / (v_hat.sqrt() + 1e-8)
+
+
+def moving_average(slow, fast, tau):
+    with torch.no_grad():
+        for s, f in zip(flat(slow), flat(fast)):
+            s.copy_((1 - tau) * s + tau * f)
+
+
+# SDAC, arXiv 2502.00361
+
+
+class Diffusion:
+    """The textbook quantities of DDPM (Ho et al., 2020), t = 0..T-1."""
+
+    def __init__(self, betas):
+        self.beta = [float(b) for b in betas]
+        self.steps = len(self.beta)
+        self.abar = []
+        for t in range(self.steps):
+            self.abar.append((self.abar[-1] if t else 1.0) * (1 - self.beta[t]))
+
+    def abar_before(self, t):
+        return self.abar[t - 1] if t > 0 else 1.0
+
+    def posterior(self, a_t, a_0, t):
+        """Mean and standard deviation of q(a_{t-1} | a_t, a_0), Ho et al. equations (6) and (7)."""
+        beta, abar, before = self.beta[t], self.abar[t], self.abar_before(t)
+        mean = (math.sqrt(before) * beta * a_0 + math.sqrt(1 - beta) * (1 - before) * a_t) / (1 - abar)
+        return mean, math.sqrt(beta * (1 - before) / (1 - abar))
+
+
+def sdac_betas(steps):
+    return [0.8 * (1e-4 + (0.999 - 1e-4) * t / (steps - 1)) for t in range(steps)]
+
+
+def sdac_time_features(t, dim=16):
+    """Sinusoidal encoding of step indices t (rows,): sines and cosines over sqrt(dim)."""
+    half = dim // 2
+    columns = [f(t * 10_000 ** (-i / half)) / math.sqrt(dim) for f in (torch.sin, torch.cos) for i in range(half)]
+    return torch.stack(columns, dim=-1)
+
+
+def sdac_noise_prediction(policy, observations, a_t, t):
+    """eps_theta on rows: policy = (time layers, layers); t (rows,) as a float tensor."""
+    time_layers, layers = policy
+    return mlp(layers, torch.cat([observations, a_t, mlp(time_layers, sdac_time_features(t), mish)], dim=1), mish)
+
+
+def sdac_q(critic, observations, actions):
+    return mlp(critic, torch.cat([observations, actions], dim=1), mish)[:, 0]
+
+
+def sdac_min_q(critics, observations, actions):
+    return torch.minimum(sdac_q(critics[0], observations, actions), sdac_q(critics[1], observations, actions))
+
+
+def sdac_truncated(eps, mean, spread):
+    """Noise whose reverse sample mean - spread * noise lies in [-1, 1], through two normal distribution functions."""
+    normal = torch.distributions.Normal(torch.zeros_like(eps), torch.ones_like(eps))
+    low, high = normal.cdf((mean - 1) / spread), normal.cdf((mean + 1) / spread)
+    return normal.icdf(low + normal.cdf(eps) * (high - low))
+
+
+class SDACReference:
+    """State and update of SDAC. `policy` = (time layers, layers), `critics` = two lists of layers."""
+
+    def __init__(self, policy, critics, ema_policy, ema_critics, log_lambda, args):
+        self.args = args
+        self.policy, self.critics = policy, critics
+        self.ema_policy, self.ema_critics = ema_policy, ema_critics
+        self.log_lambda = log_lambda
+        for tensor in [*flat(policy), *flat(critics), log_lambda]:
+            tensor.requires_grad_(True)
+        self.diffusion = Diffusion(sdac_betas(args.diffusion_steps))
+        self.policy_adam = Adam(flat(policy), args.policy_lr)
+        self.critic_adams = [Adam(flat(critic), args.q_lr) for critic in critics]
+        self.lambda_adam = Adam([log_lambda], args.lambda_lr)
+
+    @torch.no_grad()
+    def sample_action(self, policy, observations, noise):
+        """N particles per state, each denoised on its own row; the best by min(Q1, Q2); noise; clip."""
+        n, batch = self.args.num_particles, len(observations)
+        rows = observations.repeat_interleave(n, dim=0)
+        a_t = 0.5 * noise.start.reshape(batch * n, -1)
+        for t in range(self.diffusion.steps - 1, -1, -1):
+            t_rows = torch.full((len(rows),), float(t), dtype=rows.dtype)
+            eps = sdac_noise_prediction(policy, rows, a_t, t_rows)
+            abar = self.diffusion.abar[t]
+            a_0 = ((a_t - math.sqrt(1 - abar) * eps) / math.sqrt(abar)).clamp(-1, 1)
+            mean, std = self.diffusion.posterior(a_t, a_0, t)
+            a_t = mean + std * noise.steps[t].reshape(batch * n, -1)
+        q = sdac_min_q(self.critics, rows, a_t).reshape(batch, n)
+        actions = torch.stack([a_t.reshape(batch, n, -1)[i, int(q[i].argmax())] for i in range(batch)])
+        std = self.args.noise_scale * self.log_lambda.exp()
+        return (actions + std * noise.exploration).clamp(-1, 1)
+
+    def policy_loss(self, observations, a_0, noise):
+        """Equation (6) in noise prediction, self-normalised, with M policy passes for each (s, a_t)."""
+        m, dim = self.args.num_reverse_samples, a_0.shape[1]
+        abar = torch.tensor(self.diffusion.abar, dtype=a_0.dtype)[noise.t][:, None]
+        a_t = abar.sqrt() * a_0 + (1 - abar).sqrt() * noise.forward
+        wide = lambda x: x.repeat_interleave(m, dim=0)  # noqa: E731
+        eps = noise.reverse.reshape(-1, dim)
+        with torch.no_grad():
+            if self.args.bounded_reverse_sampling:
+                eps = sdac_truncated(eps, wide(a_t / abar.sqrt()), wide((1 / abar - 1).sqrt()))
+            samples = (wide(a_t / abar.sqrt()) - wide((1 / abar - 1).sqrt()) * eps).clamp(-1, 1)
+            q = sdac_min_q(self.critics, wide(observations), samples).reshape(-1, m)
+            temperature = self.log_lambda.exp() / self.args.lambda_start
+            weights = torch.exp(q / temperature - torch.logsumexp(q / temperature, dim=1, keepdim=True))
+        predicted = sdac_noise_prediction(self.policy, wide(observations), wide(a_t), wide(noise.t.to(a_0.dtype)))
+        return (weights.reshape(-1, 1) * (predicted - eps) ** 2).sum() / (len(a_0) * dim)
+
+    def update(self, batch, step, noise):
+        args = self.args
+        temperature = self.log_lambda.detach().exp() / args.lambda_start
+        std = args.noise_scale * self.log_lambda.detach().exp()
+        with torch.no_grad():
+            next_actions = self.sample_action(self.policy, batch.next_observations, noise.next_action)
+            next_q = sdac_min_q(self.ema_critics, batch.next_observations, next_actions)
+            if args.soft_critic:
+                normal = torch.distributions.Normal(torch.zeros_like(std), std)
+                next_q = next_q - temperature * normal.log_prob(std * noise.next_action.exploration).sum(1)
+            y = args.reward_scale * batch.rewards + args.gamma * (1 - batch.dones) * next_q
+        critic_losses = [((sdac_q(c, batch.observations, batch.actions) - y) ** 2).mean() for c in self.critics]
+        policy_loss = None
+        if noise.t is not None:
+            a_0 = batch.actions
+            if args.proposal == "policy":
+                a_0 = self.sample_action(self.policy, batch.observations, noise.proposal)
+            policy_loss = self.policy_loss(batch.observations, a_0, noise)
+
+        for adam, loss in zip(self.critic_adams, critic_losses):
+            adam.step(loss)
+        if step % args.policy_frequency == 0:
+            begin, end = args.policy_lr_decay
+            fraction = (self.policy_adam.t - begin) / (end - begin)
+            fraction = 0.0 if fraction < 0 else 1.0 if fraction > 1 else fraction
+            self.policy_adam.lr = (1 - fraction) * args.policy_lr + fraction * args.policy_lr_end
+            self.policy_adam.step(policy_loss)
+        if step % args.lambda_frequency == 0:
+            dim = batch.actions.shape[1]
+            entropy = dim / 2 * torch.log(2 * PI * math.e * std**2)
+            self.lambda_adam.step((self.log_lambda * (entropy - args.target_entropy_scale * dim)).sum())
+        if step % args.policy_frequency == 0:
+            moving_average(self.ema_policy, self.policy, args.tau)
+            moving_average(self.ema_critics, self.critics, args.tau)
