@@ -151,8 +151,10 @@ class Args:
     """learning rate of the policy at first"""
     policy_lr_end: float = 3e-5
     """... and in the end; linear in between"""
-    policy_lr_decay: tuple[int, int] = (25_000, 75_000)
-    """policy updates at which that decay begins and ends"""
+    policy_lr_decay_begin: int = 25_000
+    """policy updates before that decay"""
+    policy_lr_decay_end: int = 75_000
+    """policy updates at its end"""
     policy_frequency: int = 2
     """updates per update of the policy and of the moving averages"""
     reward_scale: float = 0.2
@@ -199,7 +201,8 @@ RANGES = {
     "q_lr": (0.0, 1.0),
     "policy_lr": (0.0, 1.0),
     "policy_lr_end": (0.0, 1.0),
-    "policy_lr_decay": (0, math.inf),
+    "policy_lr_decay_begin": (0, math.inf),
+    "policy_lr_decay_end": (1, math.inf),
     "policy_frequency": (1, math.inf),
     "reward_scale": (1e-6, 1e6),
     "hidden_size": (1, 10_000),
@@ -516,8 +519,8 @@ class SDAC(nn.Module):
 
     def set_policy_lr(self, policy_step: int) -> None:
         """Linear decay over the policy's own steps, a function of the step alone, so that resuming needs no state."""
-        begin, end = self.args.policy_lr_decay
-        progress = min(max((policy_step - begin) / (end - begin), 0.0), 1.0)
+        begin, end = self.args.policy_lr_decay_begin, self.args.policy_lr_decay_end
+        progress = min(max((policy_step - begin) / max(end - begin, 1), 0.0), 1.0)
         lr = self.args.policy_lr + progress * (self.args.policy_lr_end - self.args.policy_lr)
         self.policy_optimizer.param_groups[0]["lr"] = lr
 
@@ -610,11 +613,9 @@ def check_environment(env_id: str, capture_video: bool) -> None:
         near = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.4)
         raise Failure(f"--env-id {env_id} is unknown; close matches: {', '.join(near) or 'none'}") from None
     except Exception as error:
-        for other in sorted((i for i in gym.registry if i.split("-v")[0] == env_id.split("-v")[0]), reverse=True):
-            with contextlib.suppress(Exception):
-                gym.make(other).close()
-                raise Failure(f"--env-id {env_id} can't be made here ({one_line(error)}); use {other}") from None
-        raise Failure(f"--env-id {env_id} can't be made here: {one_line(error)}") from None
+        versions = sorted((i for i in gym.registry if i.split("-v")[0] == env_id.split("-v")[0]), reverse=True)
+        works = next((f"; use {i}" for i in versions if can_be_made(i)), "")
+        raise Failure(f"--env-id {env_id} can't be made here ({one_line(error)}){works}") from None
     space = env.action_space
     if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
         raise Failure(f"{env_id} has the action space {space}; only continuous (Box) actions work here")
@@ -632,6 +633,14 @@ def check_environment(env_id: str, capture_video: bool) -> None:
     env.close()
 
 
+def can_be_made(env_id: str) -> bool:
+    try:
+        gym.make(env_id).close()
+        return True
+    except Exception:
+        return False
+
+
 def one_line(error: object) -> str:
     return " ".join(str(error).split())[:200]
 
@@ -645,18 +654,18 @@ def parse_arguments(default: Args | None = None) -> Args:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        text = message.getvalue().split("───\n", 1)[-1]  # tyro draws a box: title, message, rule, help
-        text = re.split(r"─{3,}|│ ─", text)[0]
-        raise Failure(" ".join(re.sub("[│╭╮╰╯─]", " ", text).split()) or "can't read the arguments") from None
+        # tyro draws a box: a title, paragraphs between rules, the last of which points to --help
+        lines = [line.strip("│╭╮╰╯─ ") for line in message.getvalue().splitlines()]
+        lines = [line for line in lines if line.strip("-") and not line.startswith("For full helptext")]
+        raise Failure(one_line(" ".join(lines[1:]))) from None
 
 
 def check_arguments(args: Args) -> None:
     """Refuse numbers outside their range, and combinations that make no sense."""
     for name, (low, high) in RANGES.items():
-        values = getattr(args, name)
-        for value in values if isinstance(values, tuple) else (values,):
-            if not low <= value <= high or math.isinf(value):
-                raise Failure(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}], not {value}")
+        value = getattr(args, name)
+        if not low <= value <= high or math.isinf(value):
+            raise Failure(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}], not {value}")
     if args.batch_size > args.buffer_size:
         raise Failure(f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}")
     if args.num_envs > args.buffer_size:
@@ -702,9 +711,8 @@ CHANGEABLE = {
 
 def saved_arguments(checkpoint: dict, folder: str) -> Args:
     """The run's arguments, with the command line's where they may differ."""
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["args"].items()}
-    args = parse_arguments(Args(**saved))
-    for name, value in saved.items():
+    args = parse_arguments(Args(**checkpoint["args"]))
+    for name, value in checkpoint["args"].items():
         if name not in CHANGEABLE and getattr(args, name) != value:
             flag = f"--{name.replace('_', '-')}"
             raise Failure(f"{flag} {getattr(args, name)} contradicts the run in {folder}, which has {flag} {value}")

@@ -189,7 +189,7 @@ class SDACReference:
         for adam, loss in zip(self.critic_adams, critic_losses):
             adam.step(loss)
         if step % args.policy_frequency == 0:
-            begin, end = args.policy_lr_decay
+            begin, end = args.policy_lr_decay_begin, args.policy_lr_decay_end
             fraction = (self.policy_adam.t - begin) / (end - begin)
             fraction = 0.0 if fraction < 0 else 1.0 if fraction > 1 else fraction
             self.policy_adam.lr = (1 - fraction) * args.policy_lr + fraction * args.policy_lr_end

@@ -317,7 +317,7 @@ def test_initial_weights():
         {"soft_critic": True},
         {"bounded_reverse_sampling": True},
         {"proposal": "replay"},
-        {"policy_lr_decay": (1, 3), "lambda_frequency": 2},
+        {"policy_lr_decay_begin": 1, "policy_lr_decay_end": 3, "lambda_frequency": 2},
     ],
     ids=str,
 )
