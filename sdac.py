@@ -803,7 +803,8 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
         buffer.load_state_dict(checkpoint["buffer"])
         step, updates, seconds, evaluations = (checkpoint[k] for k in ("step", "updates", "seconds", "evaluations"))
         set_random_state(checkpoint["random"])
-    first_step, saved_step, start, last_line = step, step, time.time() - seconds, time.time()
+    first_step, saved_step, start = step, step, time.time() - seconds
+    line_step, line_time = step, time.time()
     metrics, last_return, last_evaluation = {}, math.nan, evaluations[-1][2] if evaluations else math.nan
 
     def check_metrics() -> dict[str, float]:
@@ -899,9 +900,9 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
                 writer.add_scalar("charts/episodic_length", infos["episode"]["l"][i], step)
             bar.set_postfix({"return": f"{last_return:.1f}", "eval": f"{last_evaluation:.1f}"}, refresh=False)
             bar.update(args.num_envs)
-            if bar.disable and (time.time() - last_line > 30 or step >= args.total_timesteps):
-                last_line = time.time()
-                speed = (step - first_step) / (last_line - start - seconds)
+            if bar.disable and (time.time() - line_time > 30 or step >= args.total_timesteps):
+                speed = (step - line_step) / (time.time() - line_time)
+                line_step, line_time = step, time.time()
                 left = time.strftime("%H:%M:%S", time.gmtime(max(args.total_timesteps - step, 0) / speed))
                 print(
                     f"step {step:,} of {args.total_timesteps:,}, {speed:.0f} steps/s, return {last_return:.1f}, "

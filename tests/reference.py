@@ -201,3 +201,145 @@ class SDACReference:
         if step % args.policy_frequency == 0:
             moving_average(self.ema_policy, self.policy, args.tau)
             moving_average(self.ema_critics, self.critics, args.tau)
+
+
+# SAC, arXiv 1812.05905
+
+
+class SACReference:
+    """`policy` and the two `critics` are lists of layers; the policy's last layer gives means, then log deviations."""
+
+    def __init__(self, policy, critics, target_critics, log_alpha, args):
+        self.args = args
+        self.policy, self.critics, self.target_critics, self.log_alpha = policy, critics, target_critics, log_alpha
+        for tensor in [*flat(policy), *flat(critics), log_alpha]:
+            tensor.requires_grad_(True)
+        self.policy_adam = Adam(flat(policy), args.policy_lr)
+        self.critic_adams = [Adam(flat(critic), args.q_lr) for critic in critics]
+        self.alpha_adam = Adam([log_alpha], args.alpha_lr)
+
+    def sample(self, observations, eps):
+        """Action and log-density by torch's own change of variables."""
+        output = mlp(self.policy, observations, relu)
+        dim = output.shape[1] // 2
+        mean, std = output[:, :dim], output[:, dim:].clamp(-20, 2).exp()
+        u = mean + std * eps
+        transform = torch.distributions.transforms.TanhTransform()
+        log_prob = torch.distributions.Normal(mean, std).log_prob(u)
+        return torch.tanh(u), (log_prob - transform.log_abs_det_jacobian(u, torch.tanh(u))).sum(1)
+
+    def q(self, critic, observations, actions):
+        return mlp(critic, torch.cat([observations, actions], dim=1), relu)[:, 0]
+
+    def update(self, batch, step, noise):
+        args = self.args
+        alpha = self.log_alpha.detach().exp()
+        with torch.no_grad():
+            next_actions, next_log_prob = self.sample(batch.next_observations, noise.next_action)
+            next_qs = [self.q(c, batch.next_observations, next_actions) for c in self.target_critics]
+            soft_value = torch.minimum(*next_qs) - alpha * next_log_prob
+            y = batch.rewards + args.gamma * (1 - batch.dones) * soft_value
+        for critic, adam in zip(self.critics, self.critic_adams):
+            adam.step(((self.q(critic, batch.observations, batch.actions) - y) ** 2).mean())
+        actions, log_prob = self.sample(batch.observations, noise.action)
+        q = torch.minimum(*(self.q(c, batch.observations, actions) for c in self.critics))
+        self.policy_adam.step((alpha * log_prob - q).mean())
+        entropy_gap = (log_prob.detach() - batch.actions.shape[1]).mean()
+        self.alpha_adam.step(-self.log_alpha.exp() * entropy_gap)
+        moving_average(self.target_critics, self.critics, args.tau)
+
+
+# TD3, arXiv 1802.09477
+
+
+class TD3Reference:
+    """`policy` and the two `critics` are lists of layers."""
+
+    def __init__(self, policy, critics, target_policy, target_critics, args):
+        self.args = args
+        self.policy, self.critics = policy, critics
+        self.target_policy, self.target_critics = target_policy, target_critics
+        for tensor in [*flat(policy), *flat(critics)]:
+            tensor.requires_grad_(True)
+        self.policy_adam = Adam(flat(policy), args.learning_rate)
+        self.critic_adams = [Adam(flat(critic), args.learning_rate) for critic in critics]
+
+    def q(self, critic, observations, actions):
+        return mlp(critic, torch.cat([observations, actions], dim=1), relu)[:, 0]
+
+    def update(self, batch, step, noise):
+        args = self.args
+        with torch.no_grad():
+            eps = torch.maximum(torch.minimum(args.policy_noise * noise, torch.tensor(args.noise_clip)), torch.tensor(-args.noise_clip))
+            next_actions = torch.tanh(mlp(self.target_policy, batch.next_observations, relu)) + eps
+            next_actions = next_actions.clamp(-1, 1)
+            next_qs = [self.q(c, batch.next_observations, next_actions) for c in self.target_critics]
+            y = batch.rewards + args.gamma * (1 - batch.dones) * torch.minimum(*next_qs)
+        for critic, adam in zip(self.critics, self.critic_adams):
+            adam.step(((self.q(critic, batch.observations, batch.actions) - y) ** 2).mean())
+        if step % args.policy_frequency == 0:
+            actions = torch.tanh(mlp(self.policy, batch.observations, relu))
+            self.policy_adam.step(-self.q(self.critics[0], batch.observations, actions).mean())
+            moving_average(self.target_policy, self.policy, args.tau)
+            moving_average(self.target_critics, self.critics, args.tau)
+
+
+# QSM, arXiv 2312.11752
+
+
+def qsm_alphas(steps, b_min=0.1, b_max=10.0):
+    return [math.exp(-b_min / steps - 0.5 * (b_max - b_min) * (2 * t - 1) / steps**2) for t in range(1, steps + 1)]
+
+
+class QSMReference:
+    """`policy` = (frequencies, condition layers, layers); `critics` are two lists of layers."""
+
+    def __init__(self, policy, critics, target_critics, args):
+        self.args = args
+        self.policy, self.critics, self.target_critics = policy, critics, target_critics
+        for tensor in [*flat(policy), *flat(critics)]:
+            tensor.requires_grad_(True)
+        self.alpha = qsm_alphas(args.diffusion_steps)
+        self.abar = [math.prod(self.alpha[: t + 1]) for t in range(args.diffusion_steps)]
+        self.policy_adam = Adam(flat(policy), args.policy_lr)
+        self.critic_adams = [Adam(flat(critic), args.q_lr) for critic in critics]
+
+    def noise_prediction(self, observations, a_t, t):
+        """t (rows,) as floats."""
+        frequencies, condition, layers = self.policy
+        angles = 2 * PI * t[:, None] * frequencies[None]
+        c = mlp(condition, torch.cat([torch.cos(angles), torch.sin(angles)], dim=1), mish)
+        return mlp(layers, torch.cat([a_t, observations, c], dim=1), mish)
+
+    def q(self, critic, observations, actions):
+        return mlp(critic, torch.cat([observations, actions], dim=1), relu)[:, 0]
+
+    @torch.no_grad()
+    def sample_action(self, observations, noise):
+        a = noise.start
+        for t in range(self.args.diffusion_steps - 1, -1, -1):
+            eps = self.noise_prediction(observations, a, torch.full((len(a),), float(t), dtype=a.dtype))
+            alpha, abar = self.alpha[t], self.abar[t]
+            a = (a - (1 - alpha) / math.sqrt(1 - abar) * eps) / math.sqrt(alpha)
+            if t > 0:
+                a = a + math.sqrt(1 - alpha) * noise.steps[t]
+            a = a.clamp(-1, 1)
+        return (a + self.args.exploration_noise * noise.exploration).clamp(-1, 1)
+
+    def update(self, batch, step, noise):
+        args = self.args
+        with torch.no_grad():
+            next_actions = self.sample_action(batch.next_observations, noise.next_action)
+            next_qs = [self.q(c, batch.next_observations, next_actions) for c in self.target_critics]
+            y = batch.rewards + args.gamma * (1 - batch.dones) * torch.minimum(*next_qs)
+        for critic, adam in zip(self.critics, self.critic_adams):
+            adam.step(((self.q(critic, batch.observations, batch.actions) - y) ** 2).mean())
+        moving_average(self.target_critics, self.critics, args.tau)
+
+        abar = torch.tensor(self.abar, dtype=batch.actions.dtype)[noise.t][:, None]
+        a_t = (abar.sqrt() * batch.actions + (1 - abar).sqrt() * noise.forward).requires_grad_(True)
+        gradients = [torch.autograd.grad(self.q(c, batch.observations, a_t).sum(), a_t)[0] for c in self.critics]
+        gradient = (gradients[0] + gradients[1]) / 2
+        predicted = self.noise_prediction(batch.observations, a_t.detach(), noise.t.to(a_t.dtype))
+        self.policy_adam.lr = args.policy_lr * 0.5 * (1 + math.cos(PI * min(self.policy_adam.t / args.policy_lr_steps, 1)))
+        self.policy_adam.step(((predicted + args.q_gradient_scale * gradient) ** 2).mean())

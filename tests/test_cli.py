@@ -17,9 +17,12 @@ import pytest
 import torch
 from conftest import ROOT, environment
 
-RL_SCRIPTS = {"sdac": "SDAC"}
+RL_SCRIPTS = {"sdac": "SDAC", "sac": "SAC", "td3": "TD3", "qsm": "QSM"}
 SMALL = {
     "sdac": "--num-particles 4 --num-reverse-samples 8 --diffusion-steps 4 --hidden-size 32",
+    "sac": "--hidden-size 32",
+    "td3": "--hidden-size 32",
+    "qsm": "--hidden-size 32",
 }
 SHORT = "--num-envs 5 --total-timesteps 1000 --learning-starts 800 --eval-frequency 500 --eval-episodes 2 --seed 3"
 

@@ -8,7 +8,7 @@ import tomllib
 import pytest
 from conftest import ROOT
 
-RL_SCRIPTS = ["sdac"]
+RL_SCRIPTS = ["sdac", "sac", "td3", "qsm"]
 SCRIPTS = [*RL_SCRIPTS]
 
 

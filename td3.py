@@ -1,0 +1,723 @@
+# SPDX-License-Identifier: MIT
+"""Twin Delayed Deep Deterministic policy gradient (TD3).
+
+Fujimoto, van Hoof, Meger: "Addressing Function Approximation Error in Actor-Critic Methods", ICML 2018,
+arXiv 1802.09477. A deterministic policy climbs a critic; three measures keep the critic's errors in check: the smaller
+of two critics in the target, noise on the target's action, and a policy that is trained less often than the critics.
+
+    a = clip(pi(s) + eps, -1, 1),  eps ~ N(0, 0.1^2 I)                                          acting      (1)
+    a' = clip(pibar(s') + clip(eps, -0.5, 0.5), -1, 1),  eps ~ N(0, 0.2^2 I)                                (2)
+    y = r + gamma (1-d) min_j Qbar_j(s', a')                                                                (3)
+    J_Q = sum_j E (Q_j(s,a) - y)^2                                                              critics     (4)
+    J_pi = -E Q_1(s, pi(s))                                          policy, every second update            (5)
+
+Usage:
+    python td3.py --env-id HalfCheetah-v4
+    python td3.py --resume runs/RUN_FOLDER
+    python td3.py --evaluate runs/RUN_FOLDER --eval-episodes 10
+
+Departures from the paper: learning rates of 3e-4, 25,000 random steps and two hidden layers of 256, as in the
+authors' code of today (the paper has 1e-3, 10,000 on some tasks 1,000, and layers of 400 and 300). Counting updates
+from 0, the policy is trained at 0, 2, 4, ...
+"""
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "numpy==2.4.6",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.17.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+#     "wandb==0.31.0",
+#     "moviepy==2.2.1",
+#     "matplotlib==3.11.2",
+# ]
+# ///
+from __future__ import annotations
+
+import contextlib
+import copy
+import csv
+import dataclasses
+import difflib
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.wrappers import DtypeObservation, FlattenObservation, RecordVideo, RescaleAction
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = "td3"
+    """name of the experiment, part of the run folder's name"""
+    env_id: str = "HalfCheetah-v4"
+    """id of a gymnasium environment with bounded continuous actions; `module:id` imports the module first"""
+    seed: int = 1
+    """seed of everything random"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the networks live; auto takes CUDA if there is one"""
+    total_timesteps: int = 1_000_000
+    """environment steps of the whole run, summed over the environments"""
+    num_envs: int = 1
+    """environments that step together"""
+    updates_per_step: int = 1
+    """updates after each such vector step"""
+    learning_starts: int = 25_000
+    """environment steps with uniformly random actions before the first update"""
+    buffer_size: int = 1_000_000
+    """transitions that the replay buffer holds"""
+    batch_size: int = 256
+    """transitions in each update"""
+    eval_frequency: int = 10_000
+    """environment steps between evaluations"""
+    eval_episodes: int = 20
+    """episodes of an evaluation, played in parallel"""
+    checkpoint_frequency: int = 50_000
+    """environment steps between checkpoints"""
+    capture_video: bool = False
+    """record the first episode of each evaluation in the run folder's `videos`"""
+    track: bool = False
+    """send the curves to Weights & Biases too"""
+    wandb_project_name: str = "diffusion-policy-online-rl"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B team or user"""
+    resume: str | None = None
+    """go on with the run in this folder, with its arguments"""
+    evaluate: str | None = None
+    """play `--eval-episodes` episodes with the policy in this run folder, print the returns and stop"""
+
+    # Algorithm specific arguments
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """step size of the targets' moving averages"""
+    learning_rate: float = 3e-4
+    """learning rate of critics and policy"""
+    policy_frequency: int = 2
+    """updates per update of the policy and of the targets"""
+    exploration_noise: float = 0.1
+    """standard deviation of the noise on actions played"""
+    policy_noise: float = 0.2
+    """standard deviation of the noise on the target's actions"""
+    noise_clip: float = 0.5
+    """largest size of that noise"""
+    hidden_size: int = 256
+    """width of the two hidden layers of critics and policy"""
+
+
+RANGES = {
+    "seed": (0, 2**31 - 1),
+    "total_timesteps": (1, math.inf),
+    "num_envs": (1, 10_000),
+    "updates_per_step": (1, 10_000),
+    "learning_starts": (0, math.inf),
+    "buffer_size": (1, 10**9),
+    "batch_size": (1, 10**9),
+    "eval_frequency": (1, math.inf),
+    "eval_episodes": (1, 10_000),
+    "checkpoint_frequency": (1, math.inf),
+    "gamma": (0.0, 1.0),
+    "tau": (0.0, 1.0),
+    "learning_rate": (0.0, 1.0),
+    "policy_frequency": (1, math.inf),
+    "exploration_noise": (0.0, 10.0),
+    "policy_noise": (0.0, 10.0),
+    "noise_clip": (0.0, 10.0),
+    "hidden_size": (1, 10_000),
+}  # argument: smallest and largest value
+
+
+# ALGO LOGIC: networks -------------------------------------------------------------------------------
+
+
+def mlp(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(in_features, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, out_features)
+    )
+
+
+class Critic(nn.Module):
+    """Q(s, a): observations (B, o) and actions (B, d) give (B,)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int):
+        super().__init__()
+        self.net = mlp(obs_dim + action_dim, hidden, 1)
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        return self.net(torch.cat([observations, actions], dim=1)).squeeze(1)
+
+
+class Policy(nn.Module):
+    """pi(s): observations (B, o) give actions (B, d) in [-1, 1]."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int):
+        super().__init__()
+        self.net = mlp(obs_dim, hidden, action_dim)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return torch.tanh(self.net(observations))
+
+
+# ALGO LOGIC: the agent ------------------------------------------------------------------------------
+
+
+def smoothed_action(actions: Tensor, eps: Tensor, std: float, clip: float) -> Tensor:
+    """Equation (2) for target actions (B, d) and standard normal eps (B, d)."""
+    return (actions + (std * eps).clamp(-clip, clip)).clamp(-1, 1)
+
+
+def critic_target(rewards: Tensor, dones: Tensor, next_q: Tensor, gamma: float) -> Tensor:
+    """Equation (3), all of shape (B,)."""
+    return rewards + gamma * (1 - dones) * next_q
+
+
+class TD3(nn.Module):
+    """The agent. Actions are in [-1, 1]^d everywhere inside."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.args, self.action_dim = args, action_dim
+        self.policy = Policy(obs_dim, action_dim, args.hidden_size)
+        self.critics = nn.ModuleList(Critic(obs_dim, action_dim, args.hidden_size) for _ in range(2))
+        self.target_policy = copy.deepcopy(self.policy).requires_grad_(False)
+        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate)
+        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.learning_rate)
+        self.optimizers = [self.policy_optimizer, self.critic_optimizer]
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, explore: bool) -> Tensor:
+        """Actions (B, d) for observations (B, o), with exploration noise (equation 1) or without."""
+        actions = self.policy(observations)
+        if explore:
+            actions = (actions + self.args.exploration_noise * torch.randn_like(actions)).clamp(-1, 1)
+        return actions
+
+    def draw_update_noise(self, batch: int, device: torch.device) -> Tensor:
+        return torch.randn(batch, self.action_dim, device=device)
+
+    def update(self, batch: Batch, step: int, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """One iteration of the paper's Algorithm 1; `step` counts updates from 0. Returns what to log."""
+        args = self.args
+        if noise is None:
+            noise = self.draw_update_noise(len(batch.rewards), batch.rewards.device)
+
+        # Critics: regress on the smaller target value of a smoothed action
+        with torch.no_grad():
+            next_actions = self.target_policy(batch.next_observations)
+            next_actions = smoothed_action(next_actions, noise, args.policy_noise, args.noise_clip)
+            next_q = torch.minimum(*(critic(batch.next_observations, next_actions) for critic in self.target_critics))
+            y = critic_target(batch.rewards, batch.dones, next_q, args.gamma)
+        q1, q2 = (critic(batch.observations, batch.actions) for critic in self.critics)
+        q1_loss, q2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
+        minimise(q1_loss + q2_loss, self.critic_optimizer)
+        metrics = {"qf1_values": q1.mean(), "qf2_values": q2.mean(), "qf1_loss": q1_loss, "qf2_loss": q2_loss}
+
+        # Policy and targets, delayed
+        if step % args.policy_frequency == 0:
+            self.critics.requires_grad_(False)
+            policy_loss = -self.critics[0](batch.observations, self.policy(batch.observations)).mean()
+            self.critics.requires_grad_(True)
+            minimise(policy_loss, self.policy_optimizer)
+            metrics["actor_loss"] = policy_loss
+            move_average(self.target_policy, self.policy, args.tau)
+            move_average(self.target_critics, self.critics, args.tau)
+        return {name: value.detach() for name, value in metrics.items()}
+
+
+def minimise(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One gradient step on the parameters of this optimizer."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, online: nn.Module, tau: float) -> None:
+    """average <- (1-tau) average + tau online, parameter by parameter."""
+    for slow, fast in zip(average.parameters(), online.parameters()):
+        slow.lerp_(fast, tau)
+
+
+# ==== HARNESS: the same text in sac.py, td3.py, qsm.py and sdac.py =================================
+
+
+class Failure(Exception):
+    """Something the user has to know about: ends the program with one line on stderr and exit status 2."""
+
+
+class Batch(NamedTuple):
+    """Transitions, one per row."""
+
+    observations: Tensor  # (B, o)
+    actions: Tensor  # (B, d), in [-1, 1]
+    next_observations: Tensor  # (B, o), at the end of an episode its true last observation
+    rewards: Tensor  # (B,)
+    dones: Tensor  # (B,), 1 where the episode terminated; truncation does not count
+
+
+class ReplayBuffer:
+    """The last `size` transitions. Allocated at once, but the system commits memory only as rows are written."""
+
+    def __init__(self, size: int, obs_dim: int, action_dim: int):
+        self.size, self.added = size, 0
+        shapes = ((size, obs_dim), (size, action_dim), (size, obs_dim), (size,), (size,))
+        try:
+            self.columns = Batch(*(torch.empty(shape, dtype=torch.float32) for shape in shapes))
+        except RuntimeError as error:
+            raise Failure(f"no memory for {size:,} transitions: lower --buffer-size") from error
+
+    def __len__(self) -> int:
+        return min(self.added, self.size)
+
+    def add(self, *transition: np.ndarray) -> None:
+        """Add one row per environment; the oldest ones make room."""
+        rows = torch.arange(self.added, self.added + len(transition[0])) % self.size
+        for column, values in zip(self.columns, transition):
+            column[rows] = torch.as_tensor(values, dtype=column.dtype)
+        self.added += len(rows)
+
+    def sample(self, batch_size: int, device: torch.device) -> Batch:
+        """Uniform with replacement."""
+        rows = torch.randint(len(self), (batch_size,))
+        return Batch(*(column[rows].to(device) for column in self.columns))
+
+    def state_dict(self) -> dict:
+        # Through numpy, a slice gets a storage of its own length, so that only filled rows are written.
+        return {"added": self.added, "columns": [torch.from_numpy(c.numpy()[: len(self)]) for c in self.columns]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        for column, values in zip(self.columns, state["columns"]):
+            column[: len(values)] = values
+
+
+def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
+    """Environments with flat float32 observations and actions in [-1, 1], which reset within the step that ends an
+    episode: `step` returns the next episode's first observation, the last one is in `infos["final_obs"]`."""
+    wrappers = [
+        FlattenObservation,
+        lambda env: DtypeObservation(env, np.float32),
+        lambda env: RescaleAction(env, np.float32(-1), np.float32(1)),
+    ]
+    same_step = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+    envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", vector_kwargs=same_step, wrappers=wrappers, **kwargs)
+    return RecordEpisodeStatistics(envs)
+
+
+def check_environment(env_id: str, capture_video: bool) -> None:
+    """Refuse what `make_envs` and the agents can't handle, and say what would work."""
+    try:
+        env = gym.make(env_id, render_mode="rgb_array" if capture_video else None)
+    except gym.error.UnregisteredEnv:
+        near = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.4)
+        raise Failure(f"--env-id {env_id} is unknown; close matches: {', '.join(near) or 'none'}") from None
+    except Exception as error:
+        versions = sorted((i for i in gym.registry if i.split("-v")[0] == env_id.split("-v")[0]), reverse=True)
+        works = next((f"; use {i}" for i in versions if can_be_made(i)), "")
+        raise Failure(f"--env-id {env_id} can't be made here ({one_line(error)}){works}") from None
+    space = env.action_space
+    if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
+        raise Failure(f"{env_id} has the action space {space}; only continuous (Box) actions work here")
+    if not space.is_bounded():
+        raise Failure(f"the actions of {env_id} have no bounds; wrap it so that its action space is a finite box")
+    if not env.observation_space.is_np_flattenable:
+        raise Failure(f"the observations of {env_id} can't be flattened to a vector of fixed size")
+    if capture_video:
+        try:
+            env.reset()
+            env.render()
+        except Exception as error:
+            hint = "set MUJOCO_GL=egl (GPU) or MUJOCO_GL=osmesa (CPU) and install that library"
+            raise Failure(f"--capture-video can't render {env_id}: {hint} ({one_line(error)})") from None
+    env.close()
+
+
+def can_be_made(env_id: str) -> bool:
+    try:
+        gym.make(env_id).close()
+        return True
+    except Exception:
+        return False
+
+
+def one_line(error: object) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def parse_arguments(default: Args | None = None) -> Args:
+    """The command line over `default`; what tyro can't read becomes a `Failure` of one line."""
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(Args, default=default, description=__doc__)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        # tyro draws a box: a title, paragraphs between rules, the last of which points to --help
+        lines = [line.strip("│╭╮╰╯─ ") for line in message.getvalue().splitlines()]
+        lines = [line for line in lines if line.strip("-") and not line.startswith("For full helptext")]
+        raise Failure(one_line(" ".join(lines[1:]))) from None
+
+
+def check_arguments(args: Args) -> None:
+    """Refuse numbers outside their range, and combinations that make no sense."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        if not low <= value <= high or math.isinf(value):
+            raise Failure(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}], not {value}")
+    if args.batch_size > args.buffer_size:
+        raise Failure(f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}")
+    if args.num_envs > args.buffer_size:
+        raise Failure(f"--num-envs {args.num_envs} is larger than --buffer-size {args.buffer_size}")
+    if not args.exp_name or "/" in args.exp_name:
+        raise Failure("--exp-name becomes part of a folder's name: it can't be empty or contain a slash")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Failure("--device cuda: PyTorch finds no CUDA device; use --device cpu")
+    if args.resume and args.evaluate:
+        raise Failure("--resume goes on training and --evaluate does not: give one of them")
+
+
+def load_checkpoint(folder: str, algorithm: str) -> dict:
+    """The whole checkpoint of a run folder. `weights_only` refuses everything that could run code, and the
+    checksums of its zip file, which `torch.load` does not read, find flipped bits."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.is_file() or not (Path(folder) / "args.json").is_file():
+        raise Failure(f"{folder} is not a run folder with args.json and checkpoint.pt")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"checksum of {damaged} is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if checkpoint["algorithm"] != algorithm:
+            raise Failure(f"{folder} was written by {checkpoint['algorithm']}, this is {algorithm}")
+        Args(**checkpoint["args"])
+        written = json.loads((Path(folder) / "args.json").read_text())
+        if any(written[name] != value for name, value in checkpoint["args"].items() if name not in CHANGEABLE):
+            raise ValueError("args.json says something else")
+    except Failure:
+        raise
+    except Exception as error:
+        raise Failure(f"{path} is damaged, or no checkpoint of this script: {one_line(error)}") from None
+    return checkpoint
+
+
+# Arguments that may differ from those of the run that is resumed or evaluated.
+CHANGEABLE = {
+    "resume", "evaluate", "device", "total_timesteps", "eval_episodes", "track", "wandb_project_name", "wandb_entity",
+    "capture_video",
+}  # fmt: skip
+
+
+def saved_arguments(checkpoint: dict, folder: str) -> Args:
+    """The run's arguments, with the command line's where they may differ."""
+    args = parse_arguments(Args(**checkpoint["args"]))
+    for name, value in checkpoint["args"].items():
+        if name not in CHANGEABLE and getattr(args, name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise Failure(f"{flag} {getattr(args, name)} contradicts the run in {folder}, which has {flag} {value}")
+    return args
+
+
+def write_whole(path: Path, write) -> None:
+    """Write a file beside the old one and move it over it in one step: a crash at any moment leaves a whole file."""
+    beside = path.with_name(path.name + ".new")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise Failure(f"can't write {path}, the old one is still whole: {one_line(error)}") from None
+
+
+def random_state() -> dict:
+    """State of every global random stream, in types that a `weights_only` checkpoint may hold."""
+    numpy_state = np.random.get_state(legacy=False)
+    numpy_state["state"]["key"] = torch.from_numpy(numpy_state["state"]["key"])
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict) -> None:
+    state["numpy"]["state"]["key"] = state["numpy"]["state"]["key"].numpy()
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def evaluate(agent: nn.Module, args: Args, device: torch.device, video_folder: Path, name: str) -> np.ndarray | None:
+    """Returns of `--eval-episodes` episodes, (episodes,), without exploration noise; None if a signal came between.
+
+    The environments are new ones on seeds of their own, and the random streams are put back afterwards: how
+    often a run is evaluated changes nothing in its training.
+    """
+    envs = make_envs(args.env_id, args.eval_episodes, render_mode="rgb_array" if args.capture_video else None)
+    if args.capture_video:
+        first = lambda episode: episode == 0  # noqa: E731
+        envs.unwrapped.envs[0] = RecordVideo(envs.unwrapped.envs[0], str(video_folder), first, name_prefix=name)
+    returns, finished = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, dtype=bool)
+    before, seed = random_state(), args.seed + 2**31
+    torch.manual_seed(seed)
+    observations, _ = envs.reset(seed=seed)
+    while not finished.all() and not SIGNALS:
+        actions = agent.act(torch.as_tensor(observations, device=device), explore=False).cpu().numpy()
+        observations, _, _, _, infos = envs.step(actions.reshape(envs.action_space.shape))
+        if "episode" in infos:
+            ended = infos["_episode"] & ~finished
+            returns[ended] = infos["episode"]["r"][ended]
+            finished |= ended
+    envs.close()
+    set_random_state(before)
+    return None if SIGNALS else returns
+
+
+SIGNALS: list[int] = []  # SIGINT and SIGTERM received; training stops at the next step
+
+
+def check_finite(step: int, **quantities) -> None:
+    for name, value in quantities.items():
+        if not np.isfinite(value).all():
+            raise Failure(f"{name} is NaN or infinite at step {step}; the last checkpoint is kept")
+
+
+def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, device: torch.device) -> None:
+    """Train until `--total-timesteps` or a signal, from the start or from a checkpoint."""
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    envs = make_envs(args.env_id, args.num_envs)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], math.prod(envs.single_action_space.shape)
+    agent = agent_class(obs_dim, action_dim, args).to(device)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
+    step, updates, seconds, evaluations = 0, 0, 0.0, []
+    if checkpoint:
+        agent.load_state_dict(checkpoint["agent"])
+        for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        buffer.load_state_dict(checkpoint["buffer"])
+        step, updates, seconds, evaluations = (checkpoint[k] for k in ("step", "updates", "seconds", "evaluations"))
+        set_random_state(checkpoint["random"])
+    first_step, saved_step, start = step, step, time.time() - seconds
+    line_step, line_time = step, time.time()
+    metrics, last_return, last_evaluation = {}, math.nan, evaluations[-1][2] if evaluations else math.nan
+
+    def check_metrics() -> dict[str, float]:
+        values = {name: value.item() for name, value in metrics.items()}
+        check_finite(step, **values)
+        return values
+
+    def save() -> None:
+        check_metrics()
+        state = {
+            "algorithm": agent_class.__name__,
+            "args": dataclasses.asdict(args) | {"resume": None},
+            "step": step,
+            "updates": updates,
+            "seconds": time.time() - start,
+            "evaluations": evaluations,
+            "agent": agent.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in agent.optimizers],
+            "buffer": buffer.state_dict(),
+            "random": random_state(),
+        }
+        write_whole(folder / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    def write_evaluations() -> None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(
+            [("step", "updates", "mean", "std", "min", "max", "seconds"), *evaluations]
+        )
+        write_whole(folder / "evaluations.csv", lambda file: file.write(text.getvalue().encode()))
+
+    write_evaluations()  # a resumed run forgets what came after its checkpoint
+    writer = SummaryWriter(folder, purge_step=step + 1 if checkpoint else None)
+    writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|"] + [f"|{k}|{v}|" for k, v in vars(args).items()]))
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    observations, _ = envs.reset(seed=args.seed + step)
+    try:
+        while True:
+            evaluated_step, done = evaluations[-1][0] if evaluations else 0, step >= args.total_timesteps
+            if step // args.eval_frequency > evaluated_step // args.eval_frequency or (done and step > evaluated_step):
+                check_metrics()
+                returns = evaluate(agent, args, device, folder / "videos", f"step-{step}")
+                if returns is not None:
+                    last_evaluation = float(returns.mean())
+                    numbers = [float(f(returns)) for f in (np.mean, np.std, np.min, np.max)]
+                    evaluations.append([step, updates, *numbers, round(time.time() - start, 3)])
+                    write_evaluations()
+                    writer.add_scalar("eval/episodic_return", last_evaluation, step)
+            if done or SIGNALS or step // args.checkpoint_frequency > saved_step // args.checkpoint_frequency:
+                save()
+                saved_step = step
+            if done or SIGNALS:
+                break
+
+            # Act
+            if step < args.learning_starts:
+                actions = 2 * torch.rand(args.num_envs, action_dim) - 1
+            else:
+                actions = agent.act(torch.as_tensor(observations, device=device), explore=True).cpu()
+            actions = actions.numpy()
+            try:
+                transition = envs.step(actions.reshape(envs.action_space.shape))
+            except Exception as error:
+                save()
+                hint = f"the run can be resumed with --resume {folder}"
+                raise Failure(f"{args.env_id} failed at step {step}: {one_line(error)}; {hint}") from error
+            next_observations, rewards, terminations, truncations, infos = transition
+
+            # Remember
+            true_next_observations = next_observations.copy()
+            for i in np.flatnonzero(terminations | truncations):
+                true_next_observations[i] = infos["final_obs"][i]
+            check_finite(step, observation=true_next_observations, reward=rewards)
+            check_finite(step, observation=next_observations)
+            buffer.add(observations, actions, true_next_observations, rewards, terminations)
+            observations = next_observations
+            step += args.num_envs
+
+            # Learn
+            if step > args.learning_starts:
+                for _ in range(args.updates_per_step):
+                    metrics |= agent.update(buffer.sample(args.batch_size, device), updates)
+                    updates += 1
+                    if updates % 100 == 0:
+                        for name, value in check_metrics().items():
+                            writer.add_scalar(f"losses/{name}", value, step)
+                        writer.add_scalar("charts/SPS", int((step - first_step) / (time.time() - start - seconds)), step)
+
+            # Report
+            for i in np.flatnonzero(infos.get("_episode", ())):
+                last_return = float(infos["episode"]["r"][i])
+                writer.add_scalar("charts/episodic_return", last_return, step)
+                writer.add_scalar("charts/episodic_length", infos["episode"]["l"][i], step)
+            bar.set_postfix({"return": f"{last_return:.1f}", "eval": f"{last_evaluation:.1f}"}, refresh=False)
+            bar.update(args.num_envs)
+            if bar.disable and (time.time() - line_time > 30 or step >= args.total_timesteps):
+                speed = (step - line_step) / (time.time() - line_time)
+                line_step, line_time = step, time.time()
+                left = time.strftime("%H:%M:%S", time.gmtime(max(args.total_timesteps - step, 0) / speed))
+                print(
+                    f"step {step:,} of {args.total_timesteps:,}, {speed:.0f} steps/s, return {last_return:.1f}, "
+                    f"evaluation {last_evaluation:.1f}, {left} left",
+                    flush=True,
+                )
+    finally:
+        bar.close()
+        writer.close()
+        envs.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def on_signal(number: int, frame: object) -> None:
+    """Let the step in progress end; a second signal of the kind acts at once."""
+    SIGNALS.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
+def run(agent_class: type) -> None:
+    warnings.filterwarnings("ignore", module="gymnasium")  # out-of-date versions, precision of bounds
+    args = parse_arguments()
+    check_arguments(args)
+    checkpoint, source = None, args.resume or args.evaluate
+    if source:
+        checkpoint = load_checkpoint(source, agent_class.__name__)
+        args = saved_arguments(checkpoint, source)
+        check_arguments(args)
+    check_environment(args.env_id, args.capture_video)
+    if args.track:
+        import wandb
+
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
+            raise Failure("--track: not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+    if args.evaluate:
+        envs = make_envs(args.env_id, 1)
+        agent = agent_class(
+            envs.single_observation_space.shape[0], math.prod(envs.single_action_space.shape), args
+        ).to(device)
+        envs.close()
+        agent.load_state_dict(checkpoint["agent"])
+        returns = evaluate(agent, args, device, Path(source) / "videos", "evaluate")
+        for i, value in enumerate(returns):
+            print(f"episode {i}: return {value:.2f}")
+        print(f"mean {returns.mean():.2f}, standard deviation {returns.std():.2f} over {len(returns)} episodes")
+        return
+
+    if args.resume:
+        folder = Path(args.resume)
+    else:
+        name = f"{re.sub(r'[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}"
+        folder = next(f for s in range(1000) if not (f := Path("runs") / f"{name}__{int(time.time()) + s}").exists())
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise Failure(f"can't make the run folder {folder}: {one_line(error)}") from None
+        write_whole(folder / "args.json", lambda file: file.write(json.dumps(vars(args), indent=2).encode()))
+    if args.track:
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            id=folder.name,
+            name=folder.name,
+            resume="allow",
+            config=vars(args),
+            sync_tensorboard=True,
+            save_code=True,
+        )
+    print(f"{args.env_id} on {device}, run folder {folder}", flush=True)
+    train(agent_class, args, folder, checkpoint, device)
+    if args.track:
+        wandb.finish()
+    print(f"{'stopped; go on with --resume' if SIGNALS else 'done:'} {folder}")
+    if SIGNALS:
+        sys.exit(128 + SIGNALS[0])
+
+
+def main(agent_class: type) -> None:
+    try:
+        run(agent_class)
+    except Failure as failure:
+        print(f"{Path(__file__).name}: error: {failure}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ==== END OF HARNESS ===============================================================================
+
+
+if __name__ == "__main__":
+    main(TD3)
