@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 RL_SCRIPTS = ["sdac", "sac", "td3", "qsm"]
-SCRIPTS = [*RL_SCRIPTS]
+SCRIPTS = [*RL_SCRIPTS, "toy_rssm"]
 
 
 def source(script):

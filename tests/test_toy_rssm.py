@@ -1,0 +1,292 @@
+"""toy_rssm.py: each method against a closed form, the metrics on cases with a known answer, and the command line."""
+
+import csv
+import math
+
+import pytest
+import torch
+from test_cli import refused
+
+import toy_rssm as toy
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def gaussian(mean=(0.2, -0.1), std=0.3):
+    return toy.Gaussians(torch.tensor([mean]), torch.tensor([std]), torch.ones(1), torch.zeros(1, dtype=torch.long))
+
+
+def noised_score(target, a, signal, noise):
+    """∇ log p_t of a target of Gaussians: means times signal, variances signal^2 std^2 + noise^2."""
+    a = a.detach().requires_grad_(True)
+    stds = (signal**2 * target.stds**2 + noise**2).sqrt()
+    noised = toy.Gaussians(signal * target.means, stds, target.weights, target.modes)
+    return torch.autograd.grad(noised.log_prob(a).sum(), a)[0]
+
+
+# Targets
+
+
+@pytest.mark.parametrize("name", ["gmm", "moons", "rings"])
+def test_targets_are_normalised_and_live_on_the_box(name):
+    target = toy.make_target(name)
+    x = torch.linspace(-1, 1, 1601)
+    points = torch.stack(torch.meshgrid(x, x, indexing="ij"), dim=-1)
+    mass = torch.stack([target.log_prob(row).exp() for row in points])
+    assert torch.trapezoid(torch.trapezoid(mass, x), x).item() == pytest.approx(1, abs=2e-3)
+    assert target.mode_weights.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["gmm", "moons", "rings"])
+def test_true_samples_follow_the_density(name):
+    target = toy.make_target(name)
+    samples = target.sample(200_000)
+    assert toy.grid_kl(toy.cell_masses(target.log_prob), samples) < 0.01
+    assert toy.mode_error(target, samples) < 0.005
+
+
+@pytest.mark.parametrize("name", ["gmm", "moons", "rings"])
+def test_energy_gradients_and_counters(name):
+    target = toy.make_target(name)
+    a = 1.6 * torch.rand(20, 3, 2) - 0.8
+    energy, gradient = target.energy_gradient(a)
+    assert target.energies == target.gradients == 60
+    h = 1e-3
+    for i, e in enumerate(torch.eye(2)):
+        difference = (target.energy(a + h * e) - target.energy(a - h * e)) / (2 * h)
+        torch.testing.assert_close(gradient[..., i], difference, rtol=0.05, atol=0.3)
+    torch.testing.assert_close(energy, -target.log_prob(a))
+    assert target.energies == 60 + 4 * 60 and target.gradients == 60
+
+
+# RSSM and DSM
+
+
+@pytest.mark.parametrize("t", [30, 60, 99])
+def test_rssm_target_is_the_noised_score(t):
+    """With M = 200,000 reverse samples, at proposals near and far from the modes."""
+    target, schedule = toy.make_target("gmm"), toy.Schedule(100)
+    signal, noise, spread = schedule.signal[t], schedule.noise[t], schedule.spread[t]
+    a_0 = torch.tensor([[-0.6, -0.6], [0.0, 0.4], [0.9, -0.9], [0.5, 0.5]])
+    a_t = signal * a_0 + noise * 0.5 * torch.randn(4, 2)
+    ones = torch.ones(4, 1)
+    estimate = toy.rssm_target(target.energy, a_t, signal * ones, spread * ones, torch.randn(4, 200_000, 2))
+    torch.testing.assert_close(estimate, -noise * noised_score(target, a_t, signal, noise), rtol=0.05, atol=0.05)
+
+
+def test_reverse_samples_stay_in_the_box():
+    seen = []
+    toy.rssm_target(
+        lambda a: (seen.append(a), a[..., 0])[1], 3 * torch.randn(50, 2), torch.full((50, 1), 0.7), torch.full((50, 1), 1.02),
+        torch.randn(50, 100, 2),
+    )  # fmt: skip
+    assert seen[0].shape == (50, 100, 2) and seen[0].abs().max() <= 1 + 1e-5
+
+
+def test_schedule_and_posterior():
+    schedule = toy.Schedule(50)
+    torch.testing.assert_close(schedule.signal**2 + schedule.noise**2, torch.ones(50))
+    torch.testing.assert_close(schedule.noise / schedule.signal, schedule.spread)
+    assert schedule.spread[0].item() == pytest.approx(0.01) and schedule.spread[-1].item() == pytest.approx(10)
+    assert schedule.std[0] == 0 and schedule.mean_a0[0] == 1
+    # q(a_{t-1}|a_0) is recovered by averaging the posterior over q(a_t|a_0)
+    mean = schedule.mean_a0[1:] + schedule.mean_at[1:] * schedule.signal[1:]
+    variance = schedule.mean_at[1:] ** 2 * schedule.noise[1:] ** 2 + schedule.std[1:] ** 2
+    torch.testing.assert_close(mean, schedule.signal[:-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(variance, schedule.noise[:-1] ** 2, rtol=1e-3, atol=1e-6)
+
+
+def test_dsm_learns_the_closed_form_score_of_a_gaussian():
+    target = gaussian()
+    args = toy.Args(iterations=1200, batch_size=512, diffusion_steps=40, hidden_size=64, samples=100)
+    captured = {}
+    original = toy.diffusion_results
+    toy.diffusion_results = lambda network, schedule, args: captured.update(network=network, schedule=schedule)
+    try:
+        toy.run_dsm(target, args)
+    finally:
+        toy.diffusion_results = original
+    network, schedule = captured["network"], captured["schedule"]
+    for t in (15, 25, 39):
+        a_0 = target.sample(2000)
+        a_t = schedule.signal[t] * a_0 + schedule.noise[t] * torch.randn(2000, 2)
+        exact = -schedule.noise[t] * noised_score(target, a_t, schedule.signal[t], schedule.noise[t])
+        learned = network(a_t, torch.full((2000, 1), (t + 1) / 40)).detach()
+        assert ((learned - exact).norm() / exact.norm()).item() < 0.15
+
+
+# iDEM
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.4])
+def test_idem_score_is_the_noised_score_for_large_k_and_biased_for_small(sigma):
+    target = toy.make_target("gmm")
+    x = target.sample(64) + sigma * torch.randn(64, 2)
+    exact, sigmas = noised_score(target, x, 1.0, sigma), torch.full((64, 1), sigma)
+
+    def bias(k, repeats):
+        estimates = [toy.idem_score(target.energy_gradient, x, sigmas, torch.randn(64, k, 2)) for _ in range(repeats)]
+        return ((torch.stack(estimates).mean(0) - exact).norm() / exact.norm()).item()
+
+    assert bias(50_000, 8) < 0.1
+    assert bias(4, 500) > 3 * bias(4000, 5)
+
+
+# Langevin
+
+
+def test_langevin_has_the_stationary_variance_of_its_discretisation():
+    """On N(mean, v I) the chain is linear: its variance is v / (1 - step/(2v)), a bias of order step."""
+    std, step = 0.3, 0.06
+    target = gaussian(std=std)
+    a = toy.langevin(target.energy_gradient, torch.zeros(100_000, 2), step, 40)
+    expected = std**2 / (1 - step / (2 * std**2))
+    assert a.var(0).mean().item() == pytest.approx(expected, rel=0.02)
+    assert abs(expected / std**2 - 1) > 0.3  # far from v: the test sees the bias
+    torch.testing.assert_close(a.mean(0), torch.tensor([0.2, -0.1]), rtol=0, atol=0.01)
+
+
+# FAB
+
+
+def trained_a_little(flow):
+    """A flow that is not the identity."""
+    for net in flow.nets:
+        torch.nn.init.normal_(net[-1].weight, std=0.15)
+        torch.nn.init.normal_(net[-1].bias, std=0.15)
+    return flow
+
+
+def test_flow_log_density_is_the_change_of_variables():
+    flow, n = trained_a_little(toy.RealNVP(layers=4, hidden=16)), 5
+    torch.manual_seed(3)
+    z = 0.5 * torch.randn(n, 2)
+
+    def forward(z):
+        torch.manual_seed(3)
+        original, torch.randn = torch.randn, lambda *shape: 2 * z
+        try:
+            return flow.sample(len(z))
+        finally:
+            torch.randn = original
+
+    a = forward(z)
+    assert (a - z).abs().max() > 0.05
+    for i in range(n):
+        jacobian = torch.autograd.functional.jacobian(lambda x: forward(x[None])[0], z[i])
+        base = torch.distributions.Normal(0.0, 0.5).log_prob(z[i]).sum()
+        assert flow.log_prob(a[i : i + 1]).item() == pytest.approx((base - jacobian.det().abs().log()).item(), abs=1e-4)
+
+
+def test_flow_density_integrates_to_one():
+    flow = trained_a_little(toy.RealNVP(layers=6, hidden=16))
+    x = torch.linspace(-6, 6, 1201)
+    points = torch.stack(torch.meshgrid(x, x, indexing="ij"), dim=-1).reshape(-1, 2)
+    with torch.no_grad():
+        density = flow.log_prob(points).exp().reshape(1201, 1201)
+    assert torch.trapezoid(torch.trapezoid(density, x), x).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_ais_weights_are_unbiased():
+    """From q = N(0, 0.5^2 I) to f = 3.7 exp(-|a - m|^2 / (2 0.3^2)): the mean weight is ∫f = 3.7 * 2 pi 0.3^2."""
+    m, n = torch.tensor([0.4, -0.3]), 200_000
+
+    def densities(a):
+        log_q = -2 * (a**2).sum(1) - math.log(2 * math.pi * 0.25)
+        return log_q, -4 * a, math.log(3.7) - ((a - m) ** 2).sum(1) / 0.18, -(a - m) / 0.09
+
+    for betas in ([1.0], [0.25, 0.5, 0.75, 1.0]):
+        _, log_w, acceptance = toy.annealed_importance_sampling(0.5 * torch.randn(n, 2), densities, betas, 0.15)
+        weights = log_w.exp()
+        error = 4 * weights.std().item() / math.sqrt(n)
+        assert weights.mean().item() == pytest.approx(3.7 * 2 * math.pi * 0.09, abs=error)
+        assert error < 0.05
+    assert 0.5 < acceptance < 1
+
+
+def test_ais_moves_samples_towards_its_end():
+    def densities(a):
+        return -2 * (a**2).sum(1), -4 * a, -((a - 0.8) ** 2).sum(1) / 0.02, -(a - 0.8) / 0.01
+
+    a, log_w, _ = toy.annealed_importance_sampling(0.5 * torch.randn(20_000, 2), densities, [i / 10 for i in range(1, 11)], 0.1)
+    weights = torch.softmax(log_w, 0)
+    torch.testing.assert_close((weights[:, None] * a).sum(0), torch.tensor([0.8, 0.8]), rtol=0, atol=0.05)
+
+
+# Metrics
+
+
+def test_kl_of_a_known_case():
+    """P uniform on the left half, Q uniform on the box: KL = log 2. And P equal to Q: 0."""
+    left = torch.zeros(40, 40, dtype=torch.float64)
+    left[:20] = 1 / 800
+    n = 2_000_000
+    assert toy.grid_kl(left, 2 * torch.rand(n, 2) - 1) == pytest.approx(math.log(2), abs=0.002)
+    everywhere = torch.full((40, 40), 1 / 1600, dtype=torch.float64)
+    assert toy.grid_kl(everywhere, 2 * torch.rand(n, 2) - 1) == pytest.approx(0, abs=0.001)
+    outside = torch.cat([2 * torch.rand(n // 2, 2) - 1, torch.full((n // 2, 2), 3.0)])  # half of the samples lost
+    assert toy.grid_kl(everywhere, outside) == pytest.approx(math.log(2), abs=0.002)
+
+
+def test_kl_of_two_gaussians():
+    """KL(N(m1, s1^2 I)|N(m2, s2^2 I)) in closed form against the grid."""
+    p, q = gaussian((0.1, 0.0), 0.2), gaussian((0.0, 0.1), 0.25)
+    exact = 2 * math.log(0.25 / 0.2) + (2 * 0.2**2 + 0.02) / (2 * 0.25**2) - 1
+    assert toy.grid_kl(toy.cell_masses(p.log_prob), q.sample(1_000_000)) == pytest.approx(exact, rel=0.05)
+
+
+def test_mode_error():
+    target = toy.make_target("gmm")
+    assert toy.mode_error(target, target.sample(200_000)) < 0.004
+    only_first = target.means[:1].expand(1000, 2)
+    assert toy.mode_error(target, only_first) == pytest.approx(1 - 0.35, abs=1e-5)
+
+
+# Command line
+
+
+def table(folder):
+    with open(folder / "metrics.csv") as file:
+        return [{k: v for k, v in row.items() if k not in ("seconds", "peak_mb")} for row in csv.DictReader(file)]
+
+
+def test_a_run_leaves_picture_and_table_and_repeats_itself(run, tmp_path):
+    short = "--iterations 50 --samples 2000 --diffusion-steps 20 --batch-size 64 --num-reverse-samples 16 --hidden-size 32"
+    tables = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        process = run("toy_rssm", "--target", "moons", "--methods", "rssm", "dsm", "langevin", *short.split(), cwd=tmp_path / name)
+        assert process.returncode == 0, process.stderr
+        (folder,) = (tmp_path / name / "runs").iterdir()
+        assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.csv", "picture.png"}
+        assert str(folder.name) in process.stdout and "mode error" in process.stdout
+        tables.append(table(folder))
+    assert tables[0] == tables[1]
+    assert [row["method"] for row in tables[0]] == ["rssm", "dsm", "langevin"]
+    assert tables[0][0]["gradients"] == "0" and int(tables[0][0]["energies"]) == 50 * 64 * 16
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ("--iterations 0", "--iterations"),
+        ("--diffusion-steps 1", "--diffusion-steps"),
+        ("--target cube", "--target"),
+        ("--methods rssm nonsense", "--methods"),
+        ("--samples many", "--samples"),
+        ("--sample 3", "--samples"),
+    ],
+)
+def test_bad_input(monkeypatch, capsys, tmp_path, arguments, word):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["toy_rssm.py", *arguments.split()])
+    with pytest.raises(SystemExit) as stop:
+        toy.parse_arguments()
+    out, err = capsys.readouterr()
+    from types import SimpleNamespace
+
+    refused(SimpleNamespace(returncode=stop.value.code, stdout=out, stderr=err), word)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,593 @@
+# SPDX-License-Identifier: MIT
+"""Reverse Sampling Score Matching (RSSM) on two-dimensional densities, beside four other samplers.
+
+Section 5.1 of Ma, Chen, Wang, Li, Dai: "Efficient Online Reinforcement Learning for Diffusion Policy", ICML 2025,
+arXiv 2502.00361: learn to sample a density pi(a) ∝ exp(-E(a)) from its energy E alone. No environment, no critic; only
+the loss. All densities live on the box [-1, 1]^2, and a_t = sqrt(abar_t) a_0 + sqrt(1-abar_t) eps noises them.
+
+    rssm      eps_theta(a_t, t) regresses on sum_k w_k eps_k, w = softmax(-E(a_0^k)), over reverse samples
+              a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k inside the box. The proposal of a_t is a noised
+              uniform point of the box. Energies only. (The derivation is in sdac.py.)
+    dsm       denoising score matching: eps_theta regresses on the eps that noised a *true sample* of pi. It may cheat,
+              and so is the upper bound.
+    idem      iterated denoising energy matching (Akhound-Sadegh et al., 2024, arXiv 2402.06121): x_s = a + s z; the
+              score of the noised density is regressed on sum_k w_k (-∇E)(x_k), w = softmax(-E(x_k)), K samples
+              x_k ~ N(x_s, s^2 I), at noised samples of the model itself. Energies and their gradients.
+    langevin  unadjusted Langevin, a <- a - h ∇E(a) + sqrt(2h) z. Gradients.
+    fab       flow annealed importance sampling bootstrap (Midgley et al., 2023, arXiv 2208.01893): a RealNVP q is
+              trained with -E[w log q] on samples that annealed importance sampling moves from q towards pi^2/q, the
+              minimum-variance target of the alpha = 2 divergence. Energies and gradients.
+
+Metrics of the table, over `--samples` samples of each method:
+    kl            KL(P|Q) = sum_c P_c log(P_c/Q_c) over 40 x 40 cells of the box; P_c is the density's mass in the cell,
+                  Q_c that of the samples, each cell counted as having 0.1 more
+    mode_error    sum_m |share of samples that belong to mode m - its weight| / 2, between 0 and 1
+    energies      evaluations of E while training and sampling, gradients: of ∇E
+    seconds       training and sampling, wall-clock
+    peak_mb       growth of the process's largest resident memory, in MB (0 if an earlier method needed more)
+
+Usage:
+    python toy_rssm.py
+    python toy_rssm.py --target moons --methods rssm dsm idem langevin fab
+    python toy_rssm.py --target rings --methods rssm dsm --seed 2
+"""
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "matplotlib==3.11.2",
+# ]
+# ///
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+Method = Literal["rssm", "dsm", "idem", "langevin", "fab"]
+
+
+@dataclass
+class Args:
+    target: Literal["gmm", "moons", "rings"] = "gmm"
+    """density to sample"""
+    methods: tuple[Method, ...] = ("rssm",)
+    """one or more of rssm, dsm, idem, langevin, fab"""
+    seed: int = 1
+    """seed of everything random"""
+    samples: int = 50_000
+    """samples drawn from each method for the metrics"""
+    iterations: int = 2500
+    """gradient steps of rssm and dsm"""
+    batch_size: int = 256
+    """noised points in each of them"""
+    num_reverse_samples: int = 256
+    """M of rssm"""
+    diffusion_steps: int = 100
+    """denoising steps T of rssm and dsm"""
+    hidden_size: int = 128
+    """width of the three hidden layers of the score networks"""
+
+
+RANGES = {
+    "seed": (0, 2**31 - 1),
+    "samples": (1, 10**7),
+    "iterations": (1, 10**7),
+    "batch_size": (1, 10**6),
+    "num_reverse_samples": (1, 10**6),
+    "diffusion_steps": (2, 10_000),
+    "hidden_size": (1, 10_000),
+}  # argument: smallest and largest value
+
+
+# Densities ------------------------------------------------------------------------------------------
+
+
+class Target:
+    """A normalised density on the box, pi(a) = sum_m weight_m pi_m(a), with the energy E = -log pi.
+
+    Subclasses give `component_log_probs`: log(weight_m pi_m(a)) and its gradient, and `sample`. `modes` (m,) says
+    which mode each component belongs to. Counts its energy and gradient evaluations in `energies` and `gradients`.
+    """
+
+    def __init__(self, weights: Tensor, modes: Tensor):
+        self.weights, self.modes = weights / weights.sum(), modes
+        self.mode_weights = torch.zeros(int(modes.max()) + 1).index_add_(0, modes, self.weights)
+        self.energies = self.gradients = 0
+
+    def log_prob(self, a: Tensor) -> Tensor:
+        """(..., 2) -> (...)."""
+        return torch.logsumexp(self.component_log_probs(a), dim=-1)
+
+    def energy(self, a: Tensor) -> Tensor:
+        """E(a): (..., 2) -> (...)."""
+        self.energies += a[..., 0].numel()
+        return -self.log_prob(a)
+
+    def energy_gradient(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """E(a) and ∇E(a): (..., 2) -> (...), (..., 2)."""
+        self.gradients += a[..., 0].numel()
+        with torch.enable_grad():
+            a = a.detach().requires_grad_(True)
+            energy = self.energy(a)
+            (gradient,) = torch.autograd.grad(energy.sum(), a)
+        return energy.detach(), gradient
+
+    def mode(self, a: Tensor) -> Tensor:
+        """The mode each of (n, 2) points most probably belongs to, (n,)."""
+        return self.modes[self.component_log_probs(a).argmax(1)]
+
+
+class Gaussians(Target):
+    """Isotropic Gaussians with means (m, 2) and standard deviations (m,)."""
+
+    def __init__(self, means: Tensor, stds: Tensor, weights: Tensor, modes: Tensor):
+        super().__init__(weights, modes)
+        self.means, self.stds = means, stds
+
+    def component_log_probs(self, a: Tensor) -> Tensor:
+        # |a - mean|^2 as one matrix product instead of a difference for every pair
+        square = (a**2).sum(-1, keepdim=True) - 2 * a @ self.means.T + (self.means**2).sum(1)
+        return self.weights.log() - square / (2 * self.stds**2) - torch.log(2 * math.pi * self.stds**2)
+
+    def sample(self, n: int) -> Tensor:
+        m = torch.multinomial(self.weights, n, replacement=True)
+        return self.means[m] + self.stds[m, None] * torch.randn(n, 2)
+
+
+class Rings(Target):
+    """Concentric rings: the angle is uniform and the radius N(radius_m, std^2), so pi_m = N(|a|; ...) / (2 pi |a|)."""
+
+    def __init__(self, radii: Tensor, std: float, weights: Tensor):
+        super().__init__(weights, torch.arange(len(radii)))
+        self.radii, self.std = radii, std
+
+    def component_log_probs(self, a: Tensor) -> Tensor:
+        r = (a**2).sum(-1, keepdim=True).clamp(min=1e-6).sqrt()
+        log_normal = -((r - self.radii) ** 2) / (2 * self.std**2) - math.log(self.std * math.sqrt(2 * math.pi))
+        return self.weights.log() + log_normal - torch.log(2 * math.pi * r)
+
+    def sample(self, n: int) -> Tensor:
+        m, angle = torch.multinomial(self.weights, n, replacement=True), 2 * math.pi * torch.rand(n)
+        r = self.radii[m] + self.std * torch.randn(n)
+        return torch.stack([r * angle.cos(), r * angle.sin()], dim=1)
+
+
+def make_target(name: str) -> Target:
+    if name == "gmm":  # unequal weights, gaps of about ten standard deviations
+        means = torch.tensor([[-0.65, -0.6], [0.6, -0.65], [-0.55, 0.6], [0.65, 0.55], [0.0, 0.05]])
+        weights = torch.tensor([0.35, 0.1, 0.2, 0.05, 0.3])
+        return Gaussians(means, torch.tensor([0.08, 0.06, 0.1, 0.06, 0.07]), weights, torch.arange(5))
+    if name == "moons":  # sixteen Gaussians along each arc, so close that they melt together
+        angle = (torch.arange(16) + 0.5) / 16 * math.pi
+        arc = 0.5 * torch.stack([angle.cos(), angle.sin()], dim=1)
+        means = torch.cat([arc + torch.tensor([-0.25, -0.1]), -arc + torch.tensor([0.25, 0.1])])
+        weights = torch.cat([torch.full((16,), 0.7), torch.full((16,), 0.3)])
+        return Gaussians(means, torch.full((32,), 0.06), weights, torch.arange(2).repeat_interleave(16))
+    return Rings(torch.tensor([0.25, 0.5, 0.8]), 0.04, torch.tensor([0.15, 0.25, 0.6]))
+
+
+# Diffusion: rssm and dsm ----------------------------------------------------------------------------
+
+
+class Schedule:
+    """Noise schedule with sqrt(1/abar_t - 1), the `spread` of reverse samples, geometric from 0.01 to 10, t = 0..T-1.
+
+    Tables (T,): signal = sqrt(abar), noise = sqrt(1-abar), spread, and the DDPM posterior's mean_a0, mean_at, std.
+    """
+
+    def __init__(self, steps: int):
+        spread = torch.logspace(-2, 1, steps, dtype=torch.float64)
+        abar = 1 / (1 + spread**2)
+        before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        noise2, noise2_before = spread**2 * abar, torch.cat([torch.zeros(1, dtype=torch.float64), (spread**2 * abar)[:-1]])
+        beta = (noise2 - noise2_before) / before  # 1 - abar_t / abar_{t-1}
+        self.signal, self.noise, self.spread = abar.sqrt().float(), noise2.sqrt().float(), spread.float()
+        self.mean_a0 = (beta * before.sqrt() / noise2).float()
+        self.mean_at = (noise2_before * (abar / before).sqrt() / noise2).float()
+        self.std = (beta * noise2_before / noise2).sqrt().float()
+
+
+class ScoreNetwork(nn.Module):
+    """Predicted noise for points (n, 2) and a time (n, 1) in [0, 1], (n, 2). Sines and cosines make it sharp enough."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(4))
+        self.net = nn.Sequential(
+            nn.Linear(3 * 9, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+            nn.Linear(hidden, 2),
+        )  # fmt: skip
+
+    def forward(self, a: Tensor, time: Tensor) -> Tensor:
+        x = torch.cat([a, time], dim=1)
+        angles = (x[:, :, None] * self.frequencies).flatten(1)
+        return self.net(torch.cat([x, angles.sin(), angles.cos()], dim=1))
+
+
+def bounded_noise(mean: Tensor, spread: Tensor, eps: Tensor) -> Tensor:
+    """Noise from eps ~ N(0, I) through the monotone map to the truncated normal with mean - spread noise in [-1, 1]."""
+    low, high = (mean - 1) / spread, (mean + 1) / spread
+    sign = torch.where(low + high > 0, -1.0, 1.0)  # the distribution function is accurate in its lower tail only
+    low, high = torch.where(sign < 0, -high, low), torch.where(sign < 0, -low, high)
+    cdf = lambda x: 0.5 * torch.erfc(-x * math.sqrt(0.5))  # noqa: E731
+    truncated = torch.special.ndtri(cdf(low) + cdf(sign * eps) * (cdf(high) - cdf(low)))
+    return sign * torch.minimum(torch.maximum(truncated, low), high)
+
+
+def rssm_target(energy, a_t: Tensor, signal: Tensor, spread: Tensor, eps: Tensor) -> Tensor:
+    """Regression target of RSSM: sum_k w_k eps_k with w = softmax(-E(a_0^k)).
+
+    a_t (n, 2), signal and spread (n, 1), eps (n, M, 2) standard normal. Returns (n, 2).
+    """
+    mean, spread = (a_t / signal)[:, None], spread[:, None]
+    eps = bounded_noise(mean, spread, eps)
+    weights = torch.softmax(-energy(mean - spread * eps), dim=1)
+    return (weights[..., None] * eps).sum(1)
+
+
+@torch.no_grad()
+def denoise(network: ScoreNetwork, schedule: Schedule, n: int) -> Tensor:
+    """(n, 2) samples by DDPM from N(0, I), the predicted a_0 clipped to the box."""
+    steps, a = len(schedule.signal), torch.randn(n, 2)
+    for t in reversed(range(steps)):
+        eps = network(a, torch.full((n, 1), (t + 1) / steps))
+        a_0 = (a / schedule.signal[t] - schedule.spread[t] * eps).clamp(-1, 1)
+        a = schedule.mean_a0[t] * a_0 + schedule.mean_at[t] * a + schedule.std[t] * torch.randn(n, 2)
+    return a
+
+
+def train_score(target: Target, args: Args, draw) -> tuple[ScoreNetwork, Schedule]:
+    """Fit eps_theta to draw(t, schedule) -> a_t, regression target, both (batch, 2)."""
+    network, schedule = ScoreNetwork(args.hidden_size), Schedule(args.diffusion_steps)
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.iterations)
+    for _ in range(args.iterations):
+        t = torch.randint(args.diffusion_steps, (args.batch_size,))
+        a_t, regression_target = draw(t, schedule)
+        loss = F.mse_loss(network(a_t, (t[:, None] + 1) / args.diffusion_steps), regression_target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    return network, schedule
+
+
+def run_rssm(target: Target, args: Args):
+    def draw(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        a_0 = 2 * torch.rand(len(t), 2) - 1
+        a_t = schedule.signal[t, None] * a_0 + schedule.noise[t, None] * torch.randn(len(t), 2)
+        eps = torch.randn(len(t), args.num_reverse_samples, 2)
+        return a_t, rssm_target(target.energy, a_t, schedule.signal[t, None], schedule.spread[t, None], eps)
+
+    return diffusion_results(*train_score(target, args, draw), args)
+
+
+def run_dsm(target: Target, args: Args):
+    def draw(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        eps = torch.randn(len(t), 2)
+        return schedule.signal[t, None] * target.sample(len(t)) + schedule.noise[t, None] * eps, eps
+
+    return diffusion_results(*train_score(target, args, draw), args)
+
+
+def diffusion_results(network: ScoreNetwork, schedule: Schedule, args: Args):
+    """Samples, and the score at a moderate noise level as a function (n, 2) -> (n, 2)."""
+    t = int(0.4 * args.diffusion_steps)  # spread of about 0.15
+    time = (t + 1) / args.diffusion_steps
+    score = lambda a: -network(a, torch.full((len(a), 1), time)) / schedule.noise[t]  # noqa: E731
+    return torch.cat([denoise(network, schedule, len(rows)) for rows in torch.arange(args.samples).split(10_000)]), score
+
+
+# iDEM -----------------------------------------------------------------------------------------------
+
+
+def idem_score(energy_gradient, x: Tensor, sigma: Tensor, z: Tensor) -> Tensor:
+    """Estimate of the score of pi * N(0, sigma^2 I) from K energies and gradients, biased of order 1/K.
+
+    x (n, 2), sigma (n, 1), z (n, K, 2) standard normal. Returns sum_k w_k (-∇E)(x + sigma z_k), (n, 2).
+    """
+    energy, gradient = energy_gradient(x[:, None] + sigma[:, None] * z)
+    return -(torch.softmax(-energy, dim=1)[..., None] * gradient).sum(1)
+
+
+def run_idem(target: Target, args: Args, outer=40, inner=100, k=100, steps=60, sigma_min=0.02, sigma_max=1.0):
+    """Outer loop: sample the model into a buffer. Inner loop: regress at noised points of that buffer."""
+    network = ScoreNetwork(args.hidden_size)
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, outer * inner)
+    sigma_at = lambda u: sigma_min * (sigma_max / sigma_min) ** u  # noqa: E731
+    score = lambda x, u: network(x / (1 + sigma_at(u) ** 2).sqrt(), u) / sigma_at(u)  # noqa: E731
+
+    @torch.no_grad()
+    def sample(n: int) -> Tensor:
+        """The reverse of dx = noise of growing variance, from N(0, sigma_max^2 I), one denoising step at the end."""
+        x, u = sigma_max * torch.randn(n, 2), torch.linspace(1, 0, steps + 1)
+        for i in range(steps):
+            drop = sigma_at(u[i]) ** 2 - sigma_at(u[i + 1]) ** 2
+            x = x + drop * score(x, u[i].expand(n, 1)) + drop.sqrt() * torch.randn(n, 2)
+        return x + sigma_min**2 * score(x, torch.zeros(n, 1))
+
+    buffer = torch.empty(0, 2)
+    for _ in range(outer):
+        buffer = torch.cat([buffer, sample(1000)])[-10_000:]
+        for _ in range(inner):
+            u = torch.rand(args.batch_size, 1)
+            sigma = sigma_at(u)
+            x = buffer[torch.randint(len(buffer), (args.batch_size,))] + sigma * torch.randn(args.batch_size, 2)
+            estimate = idem_score(target.energy_gradient, x, sigma, torch.randn(args.batch_size, k, 2))
+            loss = F.mse_loss(sigma * score(x, u), sigma * estimate)  # sigma^2 weighs all noise levels alike
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            decay.step()
+    u = math.log(0.14 / sigma_min) / math.log(sigma_max / sigma_min)  # about the noise at which the others are shown
+    return torch.cat([sample(len(rows)) for rows in torch.arange(args.samples).split(10_000)]), lambda a: score(
+        a, torch.full((len(a), 1), u)
+    )
+
+
+# Langevin -------------------------------------------------------------------------------------------
+
+
+def langevin(energy_gradient, a: Tensor, step: float, n: int) -> Tensor:
+    """n steps of a <- a - step ∇E(a) + sqrt(2 step) z from a (chains, 2); its stationary law has a bias of order step."""
+    for _ in range(n):
+        a = a - step * energy_gradient(a)[1] + math.sqrt(2 * step) * torch.randn_like(a)
+    return a
+
+
+def run_langevin(target: Target, args: Args, step=2e-4, n=1000):
+    """One chain for each sample, started uniformly on the box."""
+    starts = (2 * torch.rand(args.samples, 2) - 1).split(10_000)
+    return torch.cat([langevin(target.energy_gradient, a, step, n) for a in starts]), None
+
+
+# FAB ------------------------------------------------------------------------------------------------
+
+
+class RealNVP(nn.Module):
+    """Affine coupling layers that turn z ~ N(0, 0.5^2 I) into a, each moving one coordinate by the other."""
+
+    def __init__(self, layers: int = 10, hidden: int = 64):
+        super().__init__()
+        self.nets = nn.ModuleList(
+            nn.Sequential(nn.Linear(1, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 2))
+            for _ in range(layers)
+        )
+        for net in self.nets:  # start as the identity
+            nn.init.zeros_(net[-1].weight)
+            nn.init.zeros_(net[-1].bias)
+
+    def scale_and_shift(self, net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale, shift = net(x).split(1, dim=1)
+        return 2 * torch.tanh(log_scale / 2), shift
+
+    def sample(self, n: int) -> Tensor:
+        """(n, 2) samples."""
+        parts = list((0.5 * torch.randn(n, 2)).split(1, dim=1))
+        for i, net in enumerate(self.nets):
+            log_scale, shift = self.scale_and_shift(net, parts[i % 2])
+            parts[1 - i % 2] = parts[1 - i % 2] * log_scale.exp() + shift
+        return torch.cat(parts, dim=1)
+
+    def log_prob(self, a: Tensor) -> Tensor:
+        """log q of points (n, 2), (n,), by the change of variables."""
+        parts, log_slope = list(a.split(1, dim=1)), 0.0
+        for i, net in reversed(list(enumerate(self.nets))):
+            log_scale, shift = self.scale_and_shift(net, parts[i % 2])
+            parts[1 - i % 2] = (parts[1 - i % 2] - shift) * (-log_scale).exp()
+            log_slope = log_slope - log_scale[:, 0]
+        z = torch.cat(parts, dim=1)
+        return -2 * (z**2).sum(1) - math.log(2 * math.pi * 0.25) + log_slope
+
+
+@torch.no_grad()
+def annealed_importance_sampling(a: Tensor, densities, betas: list[float], step: float, leapfrogs: int = 2):
+    """Move samples a (n, 2) of q towards f by Hamiltonian Monte Carlo on q^{1-beta} f^beta, beta along `betas`, 1 last.
+
+    `densities(a)` gives log q, ∇log q, log f, ∇log f. Returns the moved samples, log weights (n,) whose mean weight is
+    the unbiased estimate of ∫f, and the mean acceptance rate.
+    """
+    state, log_w, accepted, before = densities(a), torch.zeros(len(a)), [], 0.0
+    for beta in betas:
+        log_w, before = log_w + (beta - before) * (state[2] - state[0]), beta
+        if beta == 1:
+            break
+        log_density = lambda s: (1 - beta) * s[0] + beta * s[2]  # noqa: E731, B023
+        force = lambda s: (1 - beta) * s[1] + beta * s[3]  # noqa: E731, B023
+        momentum = torch.randn_like(a)
+        new_a, new_state, p = a, state, momentum
+        for _ in range(leapfrogs):
+            p = p + step / 2 * force(new_state)
+            new_a = new_a + step * p
+            new_state = densities(new_a)
+            p = p + step / 2 * force(new_state)
+        log_ratio = log_density(new_state) - log_density(state) + (momentum**2 - p**2).sum(1) / 2
+        accept = torch.rand(len(a)).log() < log_ratio
+        choose = lambda new, old: torch.where(accept if new.dim() == 1 else accept[:, None], new, old)  # noqa: E731, B023
+        a, state = choose(new_a, a), tuple(map(choose, new_state, state))
+        accepted.append(accept.float().mean().item())
+    return a, log_w, sum(accepted) / max(len(accepted), 1)
+
+
+def run_fab(target: Target, args: Args, iterations=1200, batch=512, intermediate=2):
+    flow = RealNVP()
+    optimizer = torch.optim.Adam(flow.parameters(), lr=2e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    betas, step = [i / (intermediate + 1) for i in range(1, intermediate + 2)], 0.03
+
+    def flow_score(a: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            a = a.detach().requires_grad_(True)
+            log_q = flow.log_prob(a)
+            return log_q.detach(), torch.autograd.grad(log_q.sum(), a)[0]
+
+    def densities(a: Tensor) -> tuple[Tensor, ...]:
+        """q and pi^2 / q, the target of the alpha = 2 divergence."""
+        (log_q, grad_q), (energy, gradient) = flow_score(a), target.energy_gradient(a)
+        return log_q, grad_q, -2 * energy - log_q, -2 * gradient - grad_q
+
+    for _ in range(iterations):
+        with torch.no_grad():
+            a = flow.sample(batch)
+        a, log_w, acceptance = annealed_importance_sampling(a, densities, betas, step)
+        step *= 1.05 if acceptance > 0.65 else 1 / 1.05
+        loss = -(torch.softmax(log_w, dim=0) * flow.log_prob(a)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
+        optimizer.step()
+        decay.step()
+    with torch.no_grad():
+        return flow.sample(args.samples), lambda a: flow_score(a)[1]
+
+
+# Metrics, picture, program --------------------------------------------------------------------------
+
+
+def cell_masses(log_prob, cells: int = 40, inside: int = 10) -> Tensor:
+    """Mass of a density in each cell of the box, (cells, cells), normalised; midpoint rule with inside^2 points each."""
+    x = (torch.arange(cells * inside) + 0.5) / (cells * inside) * 2 - 1
+    points = torch.stack(torch.meshgrid(x, x, indexing="ij"), dim=-1)
+    density = torch.stack([log_prob(row).double().exp() for row in points])
+    mass = density.reshape(cells, inside, cells, inside).sum((1, 3))
+    return mass / mass.sum()
+
+
+def grid_kl(masses: Tensor, samples: Tensor, pseudo_count: float = 0.1) -> float:
+    """KL(P|Q) of cell masses P against the histogram Q of samples (n, 2); samples outside the box fall into no cell."""
+    cells = len(masses)
+    index = ((samples + 1) / 2 * cells).floor().long()
+    index = index[((index >= 0) & (index < cells)).all(1)]
+    counts = torch.bincount(index[:, 0] * cells + index[:, 1], minlength=cells**2).reshape(cells, cells).double()
+    q = (counts + pseudo_count) / (len(samples) + pseudo_count * cells**2)
+    p = masses[masses > 0]
+    return (p * (p / q[masses > 0]).log()).sum().item()
+
+
+def mode_error(target: Target, samples: Tensor) -> float:
+    """Total variation between the shares of samples in each mode and the modes' weights, 0 to 1."""
+    share = torch.bincount(target.mode(samples), minlength=len(target.mode_weights)) / len(samples)
+    return (share - target.mode_weights).abs().sum().item() / 2
+
+
+TITLES = {"rssm": "RSSM", "dsm": "DSM (true samples)", "idem": "iDEM", "langevin": "Langevin", "fab": "FAB"}
+
+
+def draw_picture(path: Path, target: Target, name: str, results: dict) -> None:
+    """A row per method: samples over the density's contours, and the learned score field where there is one."""
+    fig, axes = plt.subplots(len(results), 2, figsize=(7.4, 3.7 * len(results)), squeeze=False, layout="constrained")
+    x = torch.linspace(-1.15, 1.15, 161)
+    points = torch.stack(torch.meshgrid(x, x, indexing="xy"), dim=-1)
+    density = torch.stack([target.log_prob(row) for row in points]).exp()
+    levels = density.max() * torch.tensor([0.01, 0.1, 0.3, 0.6])
+    for (method, (samples, score, row)), (left, right) in zip(results.items(), axes):
+        for axis in (left, right):
+            axis.contour(x, x, density, levels=levels, colors="tab:gray", linewidths=0.6)
+            axis.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", xlabel="$a_1$", ylabel="$a_2$")
+        left.scatter(*samples[:4000].T, s=1.5, alpha=0.35, color="tab:blue", linewidths=0, rasterized=True)
+        left.set_title(f"{TITLES[method]}: samples, KL {row['kl']:.3f}", fontsize=10)
+        if score is None:
+            right.set_title("no learned score", fontsize=10)
+            continue
+        coarse = torch.linspace(-1.05, 1.05, 22)
+        where = torch.stack(torch.meshgrid(coarse, coarse, indexing="xy"), dim=-1).reshape(-1, 2)
+        field = score(where).detach()
+        size = field.norm(dim=1, keepdim=True)
+        arrows = field / size.clamp(min=1e-9) * (size / size.quantile(0.9)).clamp(max=1).sqrt()
+        right.quiver(*where.T, *arrows.T, size[:, 0].log10(), cmap="viridis", scale=26, width=0.004)
+        right.set_title(f"{TITLES[method]}: learned score, colour log-length", fontsize=10)
+    fig.suptitle(f"Sampling '{name}' (contours: true density)", fontsize=11)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def run(args: Args) -> tuple[Path, list[dict]]:
+    """All methods on one target. Returns the run folder and the table's rows."""
+    folder = Path("runs") / f"toy_{args.target}__{args.seed}__{int(time.time())}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
+    masses = cell_masses(make_target(args.target).log_prob)
+    results = {}
+    for method in dict.fromkeys(args.methods):
+        print(f"{method} ...", flush=True)
+        torch.manual_seed(args.seed)
+        target, start, memory = make_target(args.target), time.time(), peak_mb()
+        samples, score = globals()[f"run_{method}"](target, args)
+        row = {
+            "method": method,
+            "kl": grid_kl(masses, samples),
+            "mode_error": mode_error(target, samples),
+            "energies": target.energies,
+            "gradients": target.gradients,
+            "seconds": round(time.time() - start, 1),
+            "peak_mb": round(peak_mb() - memory),
+        }
+        results[method] = samples, score, row
+    rows = [row for _, _, row in results.values()]
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    draw_picture(folder / "picture.png", target, args.target, results)
+    return folder, rows
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def parse_arguments() -> Args:
+    """The command line; what can't be read or is out of range ends in one line and exit status 2."""
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            args = tyro.cli(Args, description=__doc__)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = [line.strip("│╭╮╰╯─ ") for line in message.getvalue().splitlines()]
+        fail(" ".join(line for line in lines[1:] if line.strip("-") and not line.startswith("For full helptext")))
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(args, name) <= high:
+            fail(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {getattr(args, name)}")
+    if not args.methods:
+        fail("--methods needs at least one of rssm, dsm, idem, langevin, fab")
+    return args
+
+
+def fail(message: str) -> None:
+    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    folder, rows = run(parse_arguments())
+    print(f"\n{'method':<10}{'kl':>8}{'mode error':>12}{'energies':>14}{'gradients':>13}{'seconds':>9}{'peak MB':>9}")
+    for r in rows:
+        print(
+            f"{r['method']:<10}{r['kl']:>8.4f}{r['mode_error']:>12.4f}{r['energies']:>14,}{r['gradients']:>13,}"
+            f"{r['seconds']:>9}{r['peak_mb']:>9}"
+        )
+    print(f"\ntable: {folder}/metrics.csv\npicture: {folder}/picture.png")
