@@ -469,10 +469,11 @@ def write_whole(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise Failure(f"can't write {path}, the old one is still whole: {one_line(error)}") from None
+        reason = error.__context__ or error  # torch.save hides "No space left" behind a RuntimeError
+        raise Failure(f"can't write {path}, the old one is still whole: {one_line(reason)}") from None
 
 
 def random_state() -> dict:

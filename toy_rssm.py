@@ -311,7 +311,7 @@ def idem_score(energy_gradient, x: Tensor, sigma: Tensor, z: Tensor) -> Tensor:
     return -(torch.softmax(-energy, dim=1)[..., None] * gradient).sum(1)
 
 
-def run_idem(target: Target, args: Args, outer=40, inner=100, k=100, steps=60, sigma_min=0.02, sigma_max=1.0):
+def run_idem(target: Target, args: Args, outer=30, inner=100, k=500, batch=128, clip=10.0, sigma_min=0.02, sigma_max=1.0):
     """Outer loop: sample the model into a buffer. Inner loop: regress at noised points of that buffer."""
     network = ScoreNetwork(args.hidden_size)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
@@ -322,8 +322,8 @@ def run_idem(target: Target, args: Args, outer=40, inner=100, k=100, steps=60, s
     @torch.no_grad()
     def sample(n: int) -> Tensor:
         """The reverse of dx = noise of growing variance, from N(0, sigma_max^2 I), one denoising step at the end."""
-        x, u = sigma_max * torch.randn(n, 2), torch.linspace(1, 0, steps + 1)
-        for i in range(steps):
+        x, u = sigma_max * torch.randn(n, 2), torch.linspace(1, 0, args.diffusion_steps + 1)
+        for i in range(args.diffusion_steps):
             drop = sigma_at(u[i]) ** 2 - sigma_at(u[i + 1]) ** 2
             x = x + drop * score(x, u[i].expand(n, 1)) + drop.sqrt() * torch.randn(n, 2)
         return x + sigma_min**2 * score(x, torch.zeros(n, 1))
@@ -332,11 +332,13 @@ def run_idem(target: Target, args: Args, outer=40, inner=100, k=100, steps=60, s
     for _ in range(outer):
         buffer = torch.cat([buffer, sample(1000)])[-10_000:]
         for _ in range(inner):
-            u = torch.rand(args.batch_size, 1)
+            u = torch.rand(batch, 1)
             sigma = sigma_at(u)
-            x = buffer[torch.randint(len(buffer), (args.batch_size,))] + sigma * torch.randn(args.batch_size, 2)
-            estimate = idem_score(target.energy_gradient, x, sigma, torch.randn(args.batch_size, k, 2))
-            loss = F.mse_loss(sigma * score(x, u), sigma * estimate)  # sigma^2 weighs all noise levels alike
+            x = buffer[torch.randint(len(buffer), (batch,))] + sigma * torch.randn(batch, 2)
+            # sigma times a score is of order 1 at all noise levels; where no sample hits a mode, estimates explode
+            estimate = sigma * idem_score(target.energy_gradient, x, sigma, torch.randn(batch, k, 2))
+            estimate = estimate * (clip / estimate.norm(dim=1, keepdim=True)).clamp(max=1)
+            loss = F.mse_loss(sigma * score(x, u), estimate)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -583,7 +585,10 @@ def fail(message: str) -> None:
 
 
 if __name__ == "__main__":
-    folder, rows = run(parse_arguments())
+    try:
+        folder, rows = run(parse_arguments())
+    except OSError as error:
+        fail(f"can't write the results: {error}")
     print(f"\n{'method':<10}{'kl':>8}{'mode error':>12}{'energies':>14}{'gradients':>13}{'seconds':>9}{'peak MB':>9}")
     for r in rows:
         print(

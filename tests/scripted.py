@@ -1,5 +1,7 @@
 """Environments whose every transition is known, registered on import: `scripted:Scripted-v0` and its faulty kin."""
 
+import collections
+
 import gymnasium as gym
 import numpy as np
 
@@ -65,3 +67,24 @@ class Unbounded(Scripted):
 
 
 gym.register("Unbounded-v0", lambda **kwargs: Unbounded(**kwargs))
+
+
+class Wide(Scripted):
+    """Observations of 5,002 numbers, so that a checkpoint takes a while to write."""
+
+    observation_space = gym.spaces.Box(0, 1e6, (5002,), np.float32)
+
+    def observation(self):
+        return np.concatenate([np.full(5000, self.episode), [self.index, self.t]]).astype(np.float32)
+
+
+gym.register("Wide-v0", lambda **kwargs: Wide(**kwargs))
+
+
+class Quiet(Scripted):
+    """Remembers nothing, so that memory can be measured."""
+
+    log = collections.deque(maxlen=0)
+
+
+gym.register("Quiet-v0", lambda **kwargs: Quiet(**kwargs))
