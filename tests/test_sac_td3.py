@@ -36,7 +36,7 @@ def layers(network):
 
 def assert_same(pairs):
     for mine, theirs in pairs:
-        for a, b in zip(reference.flat(mine), reference.flat(theirs)):
+        for a, b in zip(reference.flat(mine), reference.flat(theirs), strict=True):
             torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-12)
 
 
@@ -131,7 +131,7 @@ def test_sac_policy_loss_leaves_no_gradient_in_the_critics():
         y = batch.rewards + 0.99 * (1 - batch.dones) * (q - before.log_alpha.exp() * log_prob)
     loss = sum(((c(batch.observations, batch.actions) - y) ** 2).mean() for c in before.critics)
     expected = torch.autograd.grad(loss, list(before.critics.parameters()))
-    for p, g in zip(agent.critics.parameters(), expected):
+    for p, g in zip(agent.critics.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
 
 

@@ -256,7 +256,7 @@ def test_collapsed_loss_has_the_gradient_of_the_m_pass_loss():
         for k in range(5)
     )
     literal = torch.autograd.grad(loss / a_t.numel(), list(agent.policy.parameters()))
-    for a, b in zip(collapsed, literal):
+    for a, b in zip(collapsed, literal, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -348,7 +348,7 @@ def test_updates_equal_the_oracle(changes):
             (agent.log_lambda.detach(), oracle.log_lambda.detach()),
         ]
         for mine, theirs in pairs:
-            for a, b in zip(reference.flat(mine), reference.flat(theirs)):
+            for a, b in zip(reference.flat(mine), reference.flat(theirs), strict=True):
                 torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-11)
     for name, value in agent.state_dict().items():
         assert not torch.equal(value, before[name]), f"{name} never moved"
