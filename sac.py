@@ -8,7 +8,7 @@ soft value of its actions, and alpha is tuned so that the entropy stays at -d, d
     a = tanh(u),  u = mu_phi(s) + sigma_phi(s) eps,  eps ~ N(0, I)                              policy      (1)
     log pi(a|s) = log N(u; mu, sigma^2 I) - sum_i log(1 - tanh(u_i)^2)                                      (2)
     log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)),  stable for large |u|                               (3)
-    y = r + gamma (1-d) [min_j Qbar_j(s', a') - alpha log pi(a'|s')],  a' ~ pi(.|s')                        (4)
+    y = r + gamma (1-done) [min_j Qbar_j(s', a') - alpha log pi(a'|s')],  a' ~ pi(.|s')                        (4)
     J_Q = sum_j E (Q_j(s,a) - y)^2                                                              critics     (5)
     J_pi = E [alpha log pi(a|s) - min_j Q_j(s,a)],  a ~ pi(.|s)                                 policy      (6)
     J_alpha = -alpha E [log pi(a|s) + Hbar],  Hbar = -d                                         temperature (7)
@@ -129,15 +129,15 @@ class Args:
 
 RANGES = {
     "seed": (0, 2**31 - 1),
-    "total_timesteps": (1, math.inf),
+    "total_timesteps": (1, 10**12),
     "num_envs": (1, 10_000),
     "updates_per_step": (1, 10_000),
-    "learning_starts": (0, math.inf),
+    "learning_starts": (0, 10**12),
     "buffer_size": (1, 10**9),
     "batch_size": (1, 10**9),
-    "eval_frequency": (1, math.inf),
+    "eval_frequency": (1, 10**12),
     "eval_episodes": (1, 10_000),
-    "checkpoint_frequency": (1, math.inf),
+    "checkpoint_frequency": (1, 10**12),
     "gamma": (0.0, 1.0),
     "tau": (0.0, 1.0),
     "q_lr": (0.0, 1.0),
@@ -283,6 +283,14 @@ def move_average(average: nn.Module, online: nn.Module, tau: float) -> None:
 # ==== HARNESS: the same text in sac.py, td3.py, qsm.py and sdac.py =================================
 
 
+SIGNALS: list[int] = []  # SIGINT and SIGTERM received; training stops at the next step
+# Arguments that may differ from those of the run that is resumed or evaluated.
+CHANGEABLE = {
+    "resume", "evaluate", "device", "total_timesteps", "eval_episodes", "track", "wandb_project_name", "wandb_entity",
+    "capture_video",
+}  # fmt: skip
+
+
 class Failure(Exception):
     """Something the user has to know about: ends the program with one line on stderr and exit status 2."""
 
@@ -346,6 +354,11 @@ def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
     return RecordEpisodeStatistics(envs)
 
 
+def sizes(envs: gym.vector.VectorEnv) -> tuple[int, int]:
+    """Number of observation and of action dimensions."""
+    return envs.single_observation_space.shape[0], math.prod(envs.single_action_space.shape)
+
+
 def check_environment(env_id: str, capture_video: bool) -> None:
     """Refuse what `make_envs` and the agents can't handle, and say what would work."""
     try:
@@ -405,7 +418,7 @@ def check_arguments(args: Args) -> None:
     """Refuse numbers outside their range, and combinations that make no sense."""
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
-        if not low <= value <= high or math.isinf(value):
+        if not low <= value <= high:
             raise Failure(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}], not {value}")
     if args.batch_size > args.buffer_size:
         raise Failure(f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}")
@@ -443,16 +456,12 @@ def load_checkpoint(folder: str, algorithm: str) -> dict:
     return checkpoint
 
 
-# Arguments that may differ from those of the run that is resumed or evaluated.
-CHANGEABLE = {
-    "resume", "evaluate", "device", "total_timesteps", "eval_episodes", "track", "wandb_project_name", "wandb_entity",
-    "capture_video",
-}  # fmt: skip
-
-
-def saved_arguments(checkpoint: dict, folder: str) -> Args:
+def saved_arguments(checkpoint: dict, folder: str, evaluate: bool) -> Args:
     """The run's arguments, with the command line's where they may differ."""
-    args = parse_arguments(Args(**checkpoint["args"]))
+    default = Args(**checkpoint["args"])
+    if evaluate:  # tracked and filmed only if asked for now
+        default = dataclasses.replace(default, track=False, capture_video=False)
+    args = parse_arguments(default)
     for name, value in checkpoint["args"].items():
         if name not in CHANGEABLE and getattr(args, name) != value:
             flag = f"--{name.replace('_', '-')}"
@@ -474,6 +483,12 @@ def write_whole(path: Path, write) -> None:
             beside.unlink()
         reason = error.__context__ or error  # torch.save hides "No space left" behind a RuntimeError
         raise Failure(f"can't write {path}, the old one is still whole: {one_line(reason)}") from None
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def random_state() -> dict:
@@ -499,27 +514,26 @@ def evaluate(agent: nn.Module, args: Args, device: torch.device, video_folder: P
     The environments are new ones on seeds of their own, and the random streams are put back afterwards: how
     often a run is evaluated changes nothing in its training.
     """
+    before, seed = random_state(), args.seed + 2**31
+    seed_everything(seed)
     envs = make_envs(args.env_id, args.eval_episodes, render_mode="rgb_array" if args.capture_video else None)
     if args.capture_video:
         first = lambda episode: episode == 0  # noqa: E731
         envs.unwrapped.envs[0] = RecordVideo(envs.unwrapped.envs[0], str(video_folder), first, name_prefix=name)
     returns, finished = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, dtype=bool)
-    before, seed = random_state(), args.seed + 2**31
-    torch.manual_seed(seed)
-    observations, _ = envs.reset(seed=seed)
-    while not finished.all() and not SIGNALS:
-        actions = agent.act(torch.as_tensor(observations, device=device), explore=False).cpu().numpy()
-        observations, _, _, _, infos = envs.step(actions.reshape(envs.action_space.shape))
-        if "episode" in infos:
-            ended = infos["_episode"] & ~finished
-            returns[ended] = infos["episode"]["r"][ended]
-            finished |= ended
-    envs.close()
-    set_random_state(before)
+    try:
+        observations, _ = envs.reset(seed=seed)
+        while not finished.all() and not SIGNALS:
+            actions = agent.act(torch.as_tensor(observations, device=device), explore=False).cpu().numpy()
+            observations, _, _, _, infos = envs.step(actions.reshape(envs.action_space.shape))
+            if "episode" in infos:
+                ended = infos["_episode"] & ~finished
+                returns[ended] = infos["episode"]["r"][ended]
+                finished |= ended
+    finally:
+        envs.close()
+        set_random_state(before)
     return None if SIGNALS else returns
-
-
-SIGNALS: list[int] = []  # SIGINT and SIGTERM received; training stops at the next step
 
 
 def check_finite(step: int, **quantities) -> None:
@@ -530,11 +544,9 @@ def check_finite(step: int, **quantities) -> None:
 
 def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, device: torch.device) -> None:
     """Train until `--total-timesteps` or a signal, from the start or from a checkpoint."""
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    seed_everything(args.seed)
     envs = make_envs(args.env_id, args.num_envs)
-    obs_dim, action_dim = envs.single_observation_space.shape[0], math.prod(envs.single_action_space.shape)
+    obs_dim, action_dim = sizes(envs)
     agent = agent_class(obs_dim, action_dim, args).to(device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
     step, updates, seconds, evaluations = 0, 0, 0.0, []
@@ -556,6 +568,7 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
 
     def save() -> None:
         check_metrics()
+        check_finite(step, **{name: value.detach().cpu() for name, value in agent.named_parameters()})
         state = {
             "algorithm": agent_class.__name__,
             "args": dataclasses.asdict(args) | {"resume": None},
@@ -570,6 +583,16 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
         }
         write_whole(folder / "checkpoint.pt", lambda file: torch.save(state, file))
 
+    @contextlib.contextmanager
+    def saving_first():
+        """An environment that raises ends the run, which can be resumed from here."""
+        try:
+            yield
+        except Exception as error:
+            save()
+            hint = f"the run can be resumed with --resume {folder}"
+            raise Failure(f"{args.env_id} failed at step {step}: {one_line(error)}; {hint}") from error
+
     def write_evaluations() -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(
@@ -582,19 +605,24 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
     writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|"] + [f"|{k}|{v}|" for k, v in vars(args).items()]))
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    observations, _ = envs.reset(seed=args.seed + step)
     try:
+        observations, _ = envs.reset(seed=args.seed + step)
+        check_finite(step, observation=observations)
         while True:
             evaluated_step, done = evaluations[-1][0] if evaluations else 0, step >= args.total_timesteps
             if step // args.eval_frequency > evaluated_step // args.eval_frequency or (done and step > evaluated_step):
                 check_metrics()
-                returns = evaluate(agent, args, device, folder / "videos", f"step-{step}")
+                with saving_first():
+                    returns = evaluate(agent, args, device, folder / "videos", f"step-{step}")
                 if returns is not None:
+                    check_finite(step, evaluation=returns)
                     last_evaluation = float(returns.mean())
                     numbers = [float(f(returns)) for f in (np.mean, np.std, np.min, np.max)]
                     evaluations.append([step, updates, *numbers, round(time.time() - start, 3)])
                     write_evaluations()
                     writer.add_scalar("eval/episodic_return", last_evaluation, step)
+                    if bar.disable:
+                        print(f"step {step:,}, {updates:,} updates: evaluation {last_evaluation:.1f}", flush=True)
             if done or SIGNALS or step // args.checkpoint_frequency > saved_step // args.checkpoint_frequency:
                 save()
                 saved_step = step
@@ -607,26 +635,21 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
             else:
                 actions = agent.act(torch.as_tensor(observations, device=device), explore=True).cpu()
             actions = actions.numpy()
-            try:
+            with saving_first():
                 transition = envs.step(actions.reshape(envs.action_space.shape))
-            except Exception as error:
-                save()
-                hint = f"the run can be resumed with --resume {folder}"
-                raise Failure(f"{args.env_id} failed at step {step}: {one_line(error)}; {hint}") from error
             next_observations, rewards, terminations, truncations, infos = transition
 
             # Remember
             true_next_observations = next_observations.copy()
             for i in np.flatnonzero(terminations | truncations):
                 true_next_observations[i] = infos["final_obs"][i]
-            check_finite(step, observation=true_next_observations, reward=rewards)
-            check_finite(step, observation=next_observations)
+            check_finite(step, observation=[true_next_observations, next_observations], reward=rewards)
             buffer.add(observations, actions, true_next_observations, rewards, terminations)
             observations = next_observations
             step += args.num_envs
 
             # Learn
-            if step > args.learning_starts:
+            if step >= args.learning_starts:
                 for _ in range(args.updates_per_step):
                     metrics |= agent.update(buffer.sample(args.batch_size, device), updates)
                     updates += 1
@@ -642,10 +665,10 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
                 writer.add_scalar("charts/episodic_length", infos["episode"]["l"][i], step)
             bar.set_postfix({"return": f"{last_return:.1f}", "eval": f"{last_evaluation:.1f}"}, refresh=False)
             bar.update(args.num_envs)
-            if bar.disable and (time.time() - line_time > 30 or step >= args.total_timesteps):
+            if bar.disable and time.time() - line_time > 30:
                 speed = (step - line_step) / (time.time() - line_time)
                 line_step, line_time = step, time.time()
-                left = time.strftime("%H:%M:%S", time.gmtime(max(args.total_timesteps - step, 0) / speed))
+                left = tqdm.format_interval(max(args.total_timesteps - step, 0) / speed)
                 print(
                     f"step {step:,} of {args.total_timesteps:,}, {speed:.0f} steps/s, return {last_return:.1f}, "
                     f"evaluation {last_evaluation:.1f}, {left} left",
@@ -672,7 +695,7 @@ def run(agent_class: type) -> None:
     checkpoint, source = None, args.resume or args.evaluate
     if source:
         checkpoint = load_checkpoint(source, agent_class.__name__)
-        args = saved_arguments(checkpoint, source)
+        args = saved_arguments(checkpoint, source, bool(args.evaluate))
         check_arguments(args)
     check_environment(args.env_id, args.capture_video)
     if args.track:
@@ -684,9 +707,7 @@ def run(agent_class: type) -> None:
 
     if args.evaluate:
         envs = make_envs(args.env_id, 1)
-        agent = agent_class(
-            envs.single_observation_space.shape[0], math.prod(envs.single_action_space.shape), args
-        ).to(device)
+        agent = agent_class(*sizes(envs), args).to(device)
         envs.close()
         agent.load_state_dict(checkpoint["agent"])
         returns = evaluate(agent, args, device, Path(source) / "videos", "evaluate")
@@ -698,8 +719,8 @@ def run(agent_class: type) -> None:
     if args.resume:
         folder = Path(args.resume)
     else:
-        name = f"{re.sub(r'[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}"
-        folder = next(f for s in range(1000) if not (f := Path("runs") / f"{name}__{int(time.time()) + s}").exists())
+        name = re.sub("[/:]", "-", args.env_id)
+        folder = Path("runs") / f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
         try:
             folder.mkdir(parents=True)
         except OSError as error:
@@ -709,8 +730,8 @@ def run(agent_class: type) -> None:
         wandb.init(
             project=args.wandb_project_name,
             entity=args.wandb_entity,
-            id=folder.name,
-            name=folder.name,
+            id=folder.resolve().name,
+            name=folder.resolve().name,
             resume="allow",
             config=vars(args),
             sync_tensorboard=True,

@@ -5,7 +5,8 @@ Ma, Chen, Wang, Li, Dai: "Efficient Online Reinforcement Learning for Diffusion 
 arXiv 2502.00361. The policy is a diffusion model whose score is trained by Reverse Sampling Score
 Matching (RSSM): it needs values of Q only, neither samples of the wanted policy nor gradients of Q.
 
-The wanted policy is pi(a|s) ∝ exp(Q(s,a)/tau), tau the temperature. Noising an action a_0 gives
+The wanted policy is pi(a|s) ∝ exp(Q(s,a)/tau), tau the temperature (lambda/lambda_0 in the code, where
+the argument `--tau` is the rate of the moving averages, as in CleanRL). Noising an action a_0 gives
 
     q_{t|0}(a_t|a_0) = N(a_t; sqrt(abar_t) a_0, (1-abar_t) I)            forward kernel             (1)
     p_t(a_t|s) = ∫ pi(a_0|s) q_{t|0}(a_t|a_0) da_0                       noised policy              (2)
@@ -31,8 +32,13 @@ eps_theta = -sqrt(1-abar_t) s_theta, with M reverse samples for each (s, a_t),
     w_k = softmax_k(Q(s,a_0^k)/tau)                                                                  (8)
     L = E |eps_theta(s,a_t,t) - sum_k w_k eps_k|^2 + const                                           (9)
 
-The softmax is one more positive weight on a_t (exact for large M, biased of order 1/M before). The
-sum moved inside the square, up to a constant, because eps_theta does not depend on k.
+The softmax is one more positive weight on a_t (exact for large M, biased of order 1/M before), and the
+factor 1/(1-abar_t) between (6) and (9) a weight that depends on t alone. The sum moved inside the square,
+up to a constant, because eps_theta does not depend on k.
+
+Actions live in the box [-1, 1]^d. As in the official code, Q in (8) is evaluated at clipped a_0^k, so the
+wanted policy is exp(Q(s, clip(a))/tau), which has no finite integral over R^d; the loss is exact for the
+policy on the box with `--bounded-reverse-sampling`, where qtilde is truncated to it.
 
 Usage:
     python sdac.py --env-id Humanoid-v4
@@ -40,14 +46,18 @@ Usage:
     python sdac.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
 Departures from the paper and from its official code (JAX, mahaitongdae/diffusion_policy_online_rl):
-- Actions are clipped to [-1, 1] after the exploration noise, in acting and in the critic's target; the
-  official code stores and bootstraps them unclipped, though the environment never plays them so.
+- Actions are clipped to [-1, 1] after the exploration noise, in acting, in the critic's target and in the
+  proposal; the official code stores and bootstraps them unclipped, though they are never played so.
+- Denoising starts from N(0, 0.5^2 I) as in the official code; theory says N(0, I).
 - Best-of-N (the "efficient behaviour policy", see `SDAC.sample_action`) is part of the method here:
   `--num-particles 1` switches it off, in training and evaluation.
 - One policy pass per (s, a_t), as in (9), where the official code makes M identical ones; the loss is
   averaged over batch and action dimensions, and Adam ignores the official code's extra factor 1/M.
 - A new proposal is denoised only for updates that train the policy.
-- `--soft-critic`, `--bounded-reverse-sampling` and `--proposal replay` are additions, off by default.
+- `--soft-critic` adds the entropy of the exploration noise to the critic's target, which the official code
+  leaves out: after best-of-N the policy is nearly deterministic, and the noise carries the entropy. On
+  average that is the same constant at every state, a bonus or penalty per step of staying alive. Off by
+  default, like `--bounded-reverse-sampling` and `--proposal replay`; which is better is not measured yet.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -154,7 +164,7 @@ class Args:
     policy_lr_decay_begin: int = 25_000
     """policy updates before that decay"""
     policy_lr_decay_end: int = 75_000
-    """policy updates at its end"""
+    """policy updates at its end; if that is not later, the rate jumps"""
     policy_frequency: int = 2
     """updates per update of the policy and of the moving averages"""
     reward_scale: float = 0.2
@@ -187,23 +197,23 @@ class Args:
 
 RANGES = {
     "seed": (0, 2**31 - 1),
-    "total_timesteps": (1, math.inf),
+    "total_timesteps": (1, 10**12),
     "num_envs": (1, 10_000),
     "updates_per_step": (1, 10_000),
-    "learning_starts": (0, math.inf),
+    "learning_starts": (0, 10**12),
     "buffer_size": (1, 10**9),
     "batch_size": (1, 10**9),
-    "eval_frequency": (1, math.inf),
+    "eval_frequency": (1, 10**12),
     "eval_episodes": (1, 10_000),
-    "checkpoint_frequency": (1, math.inf),
+    "checkpoint_frequency": (1, 10**12),
     "gamma": (0.0, 1.0),
     "tau": (0.0, 1.0),
     "q_lr": (0.0, 1.0),
     "policy_lr": (0.0, 1.0),
     "policy_lr_end": (0.0, 1.0),
-    "policy_lr_decay_begin": (0, math.inf),
-    "policy_lr_decay_end": (1, math.inf),
-    "policy_frequency": (1, math.inf),
+    "policy_lr_decay_begin": (0, 10**12),
+    "policy_lr_decay_end": (1, 10**12),
+    "policy_frequency": (1, 10**12),
     "reward_scale": (1e-6, 1e6),
     "hidden_size": (1, 10_000),
     "diffusion_steps": (2, 1000),
@@ -212,7 +222,7 @@ RANGES = {
     "noise_scale": (1e-6, 10.0),
     "lambda_start": (1e-6, 1e6),
     "lambda_lr": (0.0, 1.0),
-    "lambda_frequency": (1, math.inf),
+    "lambda_frequency": (1, 10**12),
     "target_entropy_scale": (-100.0, 100.0),
 }  # argument: smallest and largest value
 
@@ -268,9 +278,10 @@ def bounded_noise(schedule: Schedule, a_t: Tensor, t: Tensor, eps: Tensor) -> Te
     # Phi is accurate in its lower tail only, so intervals on the right are mirrored to the left.
     sign = torch.where(low + high > 0, -1.0, 1.0)
     low, high = torch.where(sign < 0, -high, low), torch.where(sign < 0, -low, high)
-    cdf = lambda x: 0.5 * torch.erfc(-x * math.sqrt(0.5))  # noqa: E731
-    truncated = torch.special.ndtri(cdf(low) + cdf(sign * eps) * (cdf(high) - cdf(low)))
-    return sign * torch.minimum(torch.maximum(truncated, low), high)  # rounding, and Phi^-1(0) = -inf
+    cdf = lambda x: 0.5 * torch.erfc(-x.double() * math.sqrt(0.5))  # noqa: E731
+    truncated = torch.special.ndtri(cdf(low) + cdf(sign * eps) * (cdf(high) - cdf(low))).to(eps.dtype)
+    truncated = torch.where(truncated == -math.inf, high, truncated)  # Phi(high) = 0: the box is out of sight
+    return sign * torch.minimum(torch.maximum(truncated, low), high)
 
 
 def rssm_target(q: Tensor, temperature: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
@@ -342,7 +353,7 @@ class DiffusionPolicy(nn.Module):
             linear(time_dim, 2 * time_dim),
             nn.Mish(),
             linear(2 * time_dim, time_dim),
-            linear(time_dim, hidden, fan_in, bias=False),
+            linear(time_dim, hidden, fan_in, bias=False),  # the time's share of the first layer
         )
         self.trunk = trunk(hidden, action_dim)
 
@@ -362,7 +373,7 @@ class ActionNoise(NamedTuple):
 
 
 class UpdateNoise(NamedTuple):
-    """Random numbers for one `SDAC.update`; the last four are None where the policy is not trained."""
+    """Random numbers for one `SDAC.update`; None where the policy is not trained or the proposal is a replay action."""
 
     next_action: ActionNoise
     proposal: ActionNoise | None = None
@@ -372,7 +383,7 @@ class UpdateNoise(NamedTuple):
 
 
 def critic_target(rewards: Tensor, dones: Tensor, next_q: Tensor, gamma: float) -> Tensor:
-    """y = r + gamma (1-d) Q(s',a'), all of shape (B,)."""
+    """y = r + gamma (1 - done) Q(s',a'), all of shape (B,)."""
     return rewards + gamma * (1 - dones) * next_q
 
 
@@ -446,7 +457,7 @@ class SDAC(nn.Module):
     def draw_action_noise(self, batch: int, device: torch.device) -> ActionNoise:
         shape = (batch, self.args.num_particles, self.action_dim)
         steps = torch.randn(self.args.diffusion_steps, *shape, device=device)
-        return ActionNoise(torch.randn(shape, device=device), steps, torch.randn(batch, shape[2], device=device))
+        return ActionNoise(torch.randn(shape, device=device), steps, torch.randn(batch, self.action_dim, device=device))
 
     def draw_update_noise(self, batch: int, train_policy: bool, device: torch.device) -> UpdateNoise:
         next_action = self.draw_action_noise(batch, device)
@@ -461,7 +472,7 @@ class SDAC(nn.Module):
         )
 
     def rssm_loss(self, batch: Batch, noise: UpdateNoise) -> tuple[Tensor, Tensor]:
-        """Equation (9) on a batch, and the effective sample size 1 / sum_k w_k^2 of its weights (1 to M)."""
+        """Equation (9) on a batch, and the effective sample size of its weights, 1 / mean of sum_k w_k^2 (1 to M)."""
         with torch.no_grad():
             a_0 = batch.actions
             if self.args.proposal == "policy":
@@ -542,6 +553,14 @@ def move_average(average: nn.Module, online: nn.Module, tau: float) -> None:
 # ==== HARNESS: the same text in sac.py, td3.py, qsm.py and sdac.py =================================
 
 
+SIGNALS: list[int] = []  # SIGINT and SIGTERM received; training stops at the next step
+# Arguments that may differ from those of the run that is resumed or evaluated.
+CHANGEABLE = {
+    "resume", "evaluate", "device", "total_timesteps", "eval_episodes", "track", "wandb_project_name", "wandb_entity",
+    "capture_video",
+}  # fmt: skip
+
+
 class Failure(Exception):
     """Something the user has to know about: ends the program with one line on stderr and exit status 2."""
 
@@ -605,6 +624,11 @@ def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
     return RecordEpisodeStatistics(envs)
 
 
+def sizes(envs: gym.vector.VectorEnv) -> tuple[int, int]:
+    """Number of observation and of action dimensions."""
+    return envs.single_observation_space.shape[0], math.prod(envs.single_action_space.shape)
+
+
 def check_environment(env_id: str, capture_video: bool) -> None:
     """Refuse what `make_envs` and the agents can't handle, and say what would work."""
     try:
@@ -664,7 +688,7 @@ def check_arguments(args: Args) -> None:
     """Refuse numbers outside their range, and combinations that make no sense."""
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
-        if not low <= value <= high or math.isinf(value):
+        if not low <= value <= high:
             raise Failure(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}], not {value}")
     if args.batch_size > args.buffer_size:
         raise Failure(f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}")
@@ -702,16 +726,12 @@ def load_checkpoint(folder: str, algorithm: str) -> dict:
     return checkpoint
 
 
-# Arguments that may differ from those of the run that is resumed or evaluated.
-CHANGEABLE = {
-    "resume", "evaluate", "device", "total_timesteps", "eval_episodes", "track", "wandb_project_name", "wandb_entity",
-    "capture_video",
-}  # fmt: skip
-
-
-def saved_arguments(checkpoint: dict, folder: str) -> Args:
+def saved_arguments(checkpoint: dict, folder: str, evaluate: bool) -> Args:
     """The run's arguments, with the command line's where they may differ."""
-    args = parse_arguments(Args(**checkpoint["args"]))
+    default = Args(**checkpoint["args"])
+    if evaluate:  # tracked and filmed only if asked for now
+        default = dataclasses.replace(default, track=False, capture_video=False)
+    args = parse_arguments(default)
     for name, value in checkpoint["args"].items():
         if name not in CHANGEABLE and getattr(args, name) != value:
             flag = f"--{name.replace('_', '-')}"
@@ -733,6 +753,12 @@ def write_whole(path: Path, write) -> None:
             beside.unlink()
         reason = error.__context__ or error  # torch.save hides "No space left" behind a RuntimeError
         raise Failure(f"can't write {path}, the old one is still whole: {one_line(reason)}") from None
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def random_state() -> dict:
@@ -758,27 +784,26 @@ def evaluate(agent: nn.Module, args: Args, device: torch.device, video_folder: P
     The environments are new ones on seeds of their own, and the random streams are put back afterwards: how
     often a run is evaluated changes nothing in its training.
     """
+    before, seed = random_state(), args.seed + 2**31
+    seed_everything(seed)
     envs = make_envs(args.env_id, args.eval_episodes, render_mode="rgb_array" if args.capture_video else None)
     if args.capture_video:
         first = lambda episode: episode == 0  # noqa: E731
         envs.unwrapped.envs[0] = RecordVideo(envs.unwrapped.envs[0], str(video_folder), first, name_prefix=name)
     returns, finished = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, dtype=bool)
-    before, seed = random_state(), args.seed + 2**31
-    torch.manual_seed(seed)
-    observations, _ = envs.reset(seed=seed)
-    while not finished.all() and not SIGNALS:
-        actions = agent.act(torch.as_tensor(observations, device=device), explore=False).cpu().numpy()
-        observations, _, _, _, infos = envs.step(actions.reshape(envs.action_space.shape))
-        if "episode" in infos:
-            ended = infos["_episode"] & ~finished
-            returns[ended] = infos["episode"]["r"][ended]
-            finished |= ended
-    envs.close()
-    set_random_state(before)
+    try:
+        observations, _ = envs.reset(seed=seed)
+        while not finished.all() and not SIGNALS:
+            actions = agent.act(torch.as_tensor(observations, device=device), explore=False).cpu().numpy()
+            observations, _, _, _, infos = envs.step(actions.reshape(envs.action_space.shape))
+            if "episode" in infos:
+                ended = infos["_episode"] & ~finished
+                returns[ended] = infos["episode"]["r"][ended]
+                finished |= ended
+    finally:
+        envs.close()
+        set_random_state(before)
     return None if SIGNALS else returns
-
-
-SIGNALS: list[int] = []  # SIGINT and SIGTERM received; training stops at the next step
 
 
 def check_finite(step: int, **quantities) -> None:
@@ -789,11 +814,9 @@ def check_finite(step: int, **quantities) -> None:
 
 def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, device: torch.device) -> None:
     """Train until `--total-timesteps` or a signal, from the start or from a checkpoint."""
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    seed_everything(args.seed)
     envs = make_envs(args.env_id, args.num_envs)
-    obs_dim, action_dim = envs.single_observation_space.shape[0], math.prod(envs.single_action_space.shape)
+    obs_dim, action_dim = sizes(envs)
     agent = agent_class(obs_dim, action_dim, args).to(device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
     step, updates, seconds, evaluations = 0, 0, 0.0, []
@@ -815,6 +838,7 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
 
     def save() -> None:
         check_metrics()
+        check_finite(step, **{name: value.detach().cpu() for name, value in agent.named_parameters()})
         state = {
             "algorithm": agent_class.__name__,
             "args": dataclasses.asdict(args) | {"resume": None},
@@ -829,6 +853,16 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
         }
         write_whole(folder / "checkpoint.pt", lambda file: torch.save(state, file))
 
+    @contextlib.contextmanager
+    def saving_first():
+        """An environment that raises ends the run, which can be resumed from here."""
+        try:
+            yield
+        except Exception as error:
+            save()
+            hint = f"the run can be resumed with --resume {folder}"
+            raise Failure(f"{args.env_id} failed at step {step}: {one_line(error)}; {hint}") from error
+
     def write_evaluations() -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(
@@ -841,19 +875,24 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
     writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|"] + [f"|{k}|{v}|" for k, v in vars(args).items()]))
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    observations, _ = envs.reset(seed=args.seed + step)
     try:
+        observations, _ = envs.reset(seed=args.seed + step)
+        check_finite(step, observation=observations)
         while True:
             evaluated_step, done = evaluations[-1][0] if evaluations else 0, step >= args.total_timesteps
             if step // args.eval_frequency > evaluated_step // args.eval_frequency or (done and step > evaluated_step):
                 check_metrics()
-                returns = evaluate(agent, args, device, folder / "videos", f"step-{step}")
+                with saving_first():
+                    returns = evaluate(agent, args, device, folder / "videos", f"step-{step}")
                 if returns is not None:
+                    check_finite(step, evaluation=returns)
                     last_evaluation = float(returns.mean())
                     numbers = [float(f(returns)) for f in (np.mean, np.std, np.min, np.max)]
                     evaluations.append([step, updates, *numbers, round(time.time() - start, 3)])
                     write_evaluations()
                     writer.add_scalar("eval/episodic_return", last_evaluation, step)
+                    if bar.disable:
+                        print(f"step {step:,}, {updates:,} updates: evaluation {last_evaluation:.1f}", flush=True)
             if done or SIGNALS or step // args.checkpoint_frequency > saved_step // args.checkpoint_frequency:
                 save()
                 saved_step = step
@@ -866,26 +905,21 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
             else:
                 actions = agent.act(torch.as_tensor(observations, device=device), explore=True).cpu()
             actions = actions.numpy()
-            try:
+            with saving_first():
                 transition = envs.step(actions.reshape(envs.action_space.shape))
-            except Exception as error:
-                save()
-                hint = f"the run can be resumed with --resume {folder}"
-                raise Failure(f"{args.env_id} failed at step {step}: {one_line(error)}; {hint}") from error
             next_observations, rewards, terminations, truncations, infos = transition
 
             # Remember
             true_next_observations = next_observations.copy()
             for i in np.flatnonzero(terminations | truncations):
                 true_next_observations[i] = infos["final_obs"][i]
-            check_finite(step, observation=true_next_observations, reward=rewards)
-            check_finite(step, observation=next_observations)
+            check_finite(step, observation=[true_next_observations, next_observations], reward=rewards)
             buffer.add(observations, actions, true_next_observations, rewards, terminations)
             observations = next_observations
             step += args.num_envs
 
             # Learn
-            if step > args.learning_starts:
+            if step >= args.learning_starts:
                 for _ in range(args.updates_per_step):
                     metrics |= agent.update(buffer.sample(args.batch_size, device), updates)
                     updates += 1
@@ -901,10 +935,10 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
                 writer.add_scalar("charts/episodic_length", infos["episode"]["l"][i], step)
             bar.set_postfix({"return": f"{last_return:.1f}", "eval": f"{last_evaluation:.1f}"}, refresh=False)
             bar.update(args.num_envs)
-            if bar.disable and (time.time() - line_time > 30 or step >= args.total_timesteps):
+            if bar.disable and time.time() - line_time > 30:
                 speed = (step - line_step) / (time.time() - line_time)
                 line_step, line_time = step, time.time()
-                left = time.strftime("%H:%M:%S", time.gmtime(max(args.total_timesteps - step, 0) / speed))
+                left = tqdm.format_interval(max(args.total_timesteps - step, 0) / speed)
                 print(
                     f"step {step:,} of {args.total_timesteps:,}, {speed:.0f} steps/s, return {last_return:.1f}, "
                     f"evaluation {last_evaluation:.1f}, {left} left",
@@ -931,7 +965,7 @@ def run(agent_class: type) -> None:
     checkpoint, source = None, args.resume or args.evaluate
     if source:
         checkpoint = load_checkpoint(source, agent_class.__name__)
-        args = saved_arguments(checkpoint, source)
+        args = saved_arguments(checkpoint, source, bool(args.evaluate))
         check_arguments(args)
     check_environment(args.env_id, args.capture_video)
     if args.track:
@@ -943,9 +977,7 @@ def run(agent_class: type) -> None:
 
     if args.evaluate:
         envs = make_envs(args.env_id, 1)
-        agent = agent_class(
-            envs.single_observation_space.shape[0], math.prod(envs.single_action_space.shape), args
-        ).to(device)
+        agent = agent_class(*sizes(envs), args).to(device)
         envs.close()
         agent.load_state_dict(checkpoint["agent"])
         returns = evaluate(agent, args, device, Path(source) / "videos", "evaluate")
@@ -957,8 +989,8 @@ def run(agent_class: type) -> None:
     if args.resume:
         folder = Path(args.resume)
     else:
-        name = f"{re.sub(r'[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}"
-        folder = next(f for s in range(1000) if not (f := Path("runs") / f"{name}__{int(time.time()) + s}").exists())
+        name = re.sub("[/:]", "-", args.env_id)
+        folder = Path("runs") / f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
         try:
             folder.mkdir(parents=True)
         except OSError as error:
@@ -968,8 +1000,8 @@ def run(agent_class: type) -> None:
         wandb.init(
             project=args.wandb_project_name,
             entity=args.wandb_entity,
-            id=folder.name,
-            name=folder.name,
+            id=folder.resolve().name,
+            name=folder.resolve().name,
             resume="allow",
             config=vars(args),
             sync_tensorboard=True,

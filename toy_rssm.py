@@ -518,9 +518,9 @@ def draw_picture(path: Path, target: Target, name: str, results: dict) -> None:
         field = score(where).detach()
         size = field.norm(dim=1, keepdim=True)
         arrows = field / size.clamp(min=1e-9) * (size / size.quantile(0.9)).clamp(max=1).sqrt()
-        right.quiver(*where.T, *arrows.T, size[:, 0].log10(), cmap="viridis", scale=26, width=0.004)
-        right.set_title(f"{TITLES[method]}: learned score, colour log-length", fontsize=10)
-    fig.suptitle(f"Sampling '{name}' (contours: true density)", fontsize=11)
+        right.quiver(*where.T, *arrows.T, size[:, 0].log10(), cmap="viridis", scale=22, width=0.004, headwidth=4)
+        right.set_title(f"{TITLES[method]}: learned score", fontsize=10)
+    fig.suptitle(f"Sampling '{name}': true density as contours, arrows coloured by their log-length", fontsize=11)
     fig.savefig(path, dpi=130)
     plt.close(fig)
 

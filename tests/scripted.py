@@ -51,13 +51,14 @@ class Scripted(gym.Env):
         return observation, reward, end and self.episode % 2 == 0, end and self.episode % 2 == 1, {}
 
 
-def faulty(name, fault):
-    cls = type(name, (Scripted,), {"fault": fault, "fault_step": 60})
+def faulty(name, fault, step=60):
+    cls = type(name, (Scripted,), {"fault": fault, "fault_step": step})
     gym.register(f"{name}-v0", lambda **kwargs: cls(**kwargs))
 
 
 gym.register("Scripted-v0", lambda **kwargs: Scripted(**kwargs))
 faulty("Raising", "raise")
+faulty("RaisingSoon", "raise", step=10)
 faulty("NanReward", "reward")
 faulty("InfiniteObservation", "observation")
 

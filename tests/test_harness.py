@@ -163,13 +163,13 @@ def test_evaluations_file(tmp_path):
     assert text[0] == "step,updates,mean,std,min,max,seconds"
     table = [[float(x) for x in line.split(",")] for line in text[1:]]
     assert [row[0] for row in table] == [30, 60, 90, 102]
-    assert [row[1] for row in table] == [0, 10, 20, 24]
+    assert [row[1] for row in table] == [1, 11, 21, 25]
     returns = [1 + 2 + 3, 101 + 102 + 103 + 104]
     for row in table:
         assert row[2:6] == [np.mean(returns), np.std(returns), min(returns), max(returns)]
 
 
-@pytest.mark.parametrize("updates_per_step, updates", [(1, 20), (3, 60)])
+@pytest.mark.parametrize("updates_per_step, updates", [(1, 21), (3, 63)])
 def test_updates_follow_vector_steps_once_learning_starts(tmp_path, updates_per_step, updates):
     assert train(tmp_path, updates_per_step=updates_per_step)["updates"] == updates
 
@@ -205,7 +205,7 @@ def test_a_resumed_run_starts_from_exactly_what_was_saved(tmp_path):
     further = train(tmp_path, load(tmp_path), Spy, total_timesteps=120)
     assert equal(seen["agent"], saved["agent"]) and equal(seen["random"], saved["random"]["torch"])
     assert seen["optimizers"][0]["state"].keys() == saved["optimizers"][0]["state"].keys()
-    assert further["step"] == 120 and further["updates"] == 30
+    assert further["step"] == 120 and further["updates"] == 31
     for old, new in zip(saved["buffer"]["columns"], further["buffer"]["columns"]):
         assert torch.equal(new[:90], old)
     assert [row[0] for row in further["evaluations"]] == [30, 60, 90, 120]
@@ -297,6 +297,33 @@ def test_nan_in_a_loss_stops_the_run(tmp_path):
     with pytest.raises(sdac.Failure, match="qf1_loss is NaN or infinite at step 90"):
         train(tmp_path, agent=Diverging)
     assert load(tmp_path)["step"] == 60
+
+
+def test_nan_in_a_parameter_never_reaches_a_checkpoint(tmp_path):
+    """A finite loss may have a gradient that is not: the parameters are looked at before they are saved."""
+
+    class Broken(sdac.SDAC):
+        def update(self, batch, step):
+            metrics = super().update(batch, step)
+            if step == 18:
+                with torch.no_grad():
+                    self.log_lambda.fill_(math.nan)
+            return {name: value.nan_to_num() for name, value in metrics.items()}
+
+        def act(self, observations, explore):
+            return super().act(observations, explore).nan_to_num()
+
+    Broken.__name__ = "SDAC"
+    with pytest.raises(sdac.Failure, match="log_lambda is NaN or infinite at step 90"):
+        train(tmp_path, agent=Broken)
+    assert load(tmp_path)["step"] == 60
+
+
+def test_an_environment_that_raises_while_it_is_evaluated(tmp_path):
+    """RaisingSoon fails at its tenth step, which environment 7 plays first in the evaluation after nine vector steps."""
+    with pytest.raises(sdac.Failure, match="RaisingSoon-v0 failed at step 27: the simulator exploded; .*--resume"):
+        train(tmp_path, env_id="RaisingSoon-v0", seed=15, eval_episodes=1, eval_frequency=27, learning_starts=1000)
+    assert load(tmp_path)["step"] == 27 and rows(tmp_path) == []
 
 
 def test_an_environment_that_raises_is_reported_and_the_run_can_be_resumed(tmp_path):

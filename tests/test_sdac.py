@@ -224,8 +224,18 @@ def test_bounded_reverse_samples_stay_in_the_box_in_float32():
     assert samples.abs().max() <= 1 + 1e-5
 
 
-def test_bounded_noise_is_the_identity_far_from_the_walls(schedule):
-    eps = torch.randn(1, 1000, 1)
+def test_bounded_noise_with_the_box_out_of_sight_is_its_nearer_wall():
+    torch.set_default_dtype(torch.float32)
+    schedule, t = sdac.Schedule(T), torch.zeros(2, dtype=torch.long)
+    a_t = torch.tensor([[1.5], [-1.5]])  # more than 50 standard deviations of reverse sampling outside
+    samples = sdac.reverse_sample(schedule, a_t, t, sdac.bounded_noise(schedule, a_t, t, torch.randn(2, 9, 1)))
+    torch.testing.assert_close(samples, torch.tensor([1.0, -1.0])[:, None, None].expand(2, 9, 1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bounded_noise_is_the_identity_far_from_the_walls(dtype):
+    torch.set_default_dtype(dtype)
+    schedule, eps = sdac.Schedule(T), torch.linspace(-6.5, 6.5, 1000)[None, :, None]
     bounded = sdac.bounded_noise(schedule, torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), eps)
     torch.testing.assert_close(bounded, eps, rtol=1e-6, atol=1e-6)
 
