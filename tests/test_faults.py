@@ -66,6 +66,7 @@ def test_a_run_killed_thirty_times_loses_nothing(processes, tmp_path):
         time.sleep(dice.uniform(0.0, 1.0))
         if attempt % 2:  # every other time, a moment later while a checkpoint is being written
             while not (tmp_path / "checkpoint.pt.new").exists():
+                assert process.is_alive()
                 time.sleep(0.0005)
             time.sleep(dice.uniform(0.0, 0.03))
         process.kill()
