@@ -552,7 +552,7 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
 
     def save() -> None:
         check_metrics()
-        check_finite(step, **{name: value.detach().cpu() for name, value in agent.named_parameters()})
+        check_finite(step, **{name: value.detach().cpu().numpy() for name, value in agent.named_parameters()})
         state = {
             "algorithm": agent_class.__name__,
             "args": dataclasses.asdict(args) | {"resume": None},
