@@ -194,6 +194,28 @@ def test_random_arguments_are_accepted_or_refused_in_one_line(script, monkeypatc
     assert outcomes["accepted"] >= 10 and outcomes["refused"] >= 100 and sum(outcomes.values()) >= 300, outcomes
 
 
+def test_random_arguments_to_the_toy(monkeypatch, capsys):
+    import toy_rssm
+
+    outcomes = {"accepted": 0, "refused": 0}
+
+    @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(argument_lists(toy_rssm))
+    def check(arguments):
+        monkeypatch.setattr("sys.argv", ["toy_rssm.py", *arguments])
+        try:
+            args = toy_rssm.parse_arguments()
+        except SystemExit as stop:
+            outcomes["refused"] += 1
+            assert stop.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+            return
+        outcomes["accepted"] += 1
+        assert all(low <= getattr(args, name) <= high for name, (low, high) in toy_rssm.RANGES.items())
+
+    check()
+    assert outcomes["accepted"] >= 10 and outcomes["refused"] >= 100, outcomes
+
+
 # Long runs
 
 
