@@ -27,6 +27,7 @@ Departures from the official code (JAX, Alescontrela/score_matching_rl): the sta
 is computed once per state instead of once per denoising step, which is the same function. Its README prints (3) with
 the opposite sign. Counting denoising steps from 0, time enters the network as the plain index t = 0..T-1.
 """
+
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
@@ -250,7 +251,10 @@ class DiffusionPolicy(nn.Module):
         self.frequencies = nn.Parameter(0.2 * torch.randn(time_dim // 2))
         fan_in = action_dim + obs_dim + cond_dim
         self.time = nn.Sequential(
-            linear(time_dim, cond_dim), nn.Mish(), linear(cond_dim, cond_dim), linear(cond_dim, hidden, fan_in, bias=False)
+            linear(time_dim, cond_dim),
+            nn.Mish(),
+            linear(cond_dim, cond_dim),
+            linear(cond_dim, hidden, fan_in, bias=False),
         )
         self.state = linear(obs_dim, hidden, fan_in)
         self.action = linear(action_dim, hidden, fan_in, bias=False)
@@ -352,7 +356,10 @@ class QSM(nn.Module):
         minimise(policy_loss, self.policy_optimizer)
 
         metrics = {"qf1_values": q1.mean(), "qf2_values": q2.mean(), "qf1_loss": q1_loss, "qf2_loss": q2_loss}
-        metrics |= {"actor_loss": policy_loss, "q_gradient": target.norm(dim=1).mean() / max(args.q_gradient_scale, 1e-12)}
+        metrics |= {
+            "actor_loss": policy_loss,
+            "q_gradient": target.norm(dim=1).mean() / max(args.q_gradient_scale, 1e-12),
+        }
         return {name: value.detach() for name, value in metrics.items()}
 
 
@@ -440,7 +447,9 @@ def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
         lambda env: RescaleAction(env, np.float32(-1), np.float32(1)),
     ]
     same_step = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-    envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", vector_kwargs=same_step, wrappers=wrappers, **kwargs)
+    envs = gym.make_vec(
+        env_id, num_envs, vectorization_mode="sync", vector_kwargs=same_step, wrappers=wrappers, **kwargs
+    )
     return RecordEpisodeStatistics(envs)
 
 
@@ -692,8 +701,12 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
 
     write_evaluations()  # a resumed run forgets what came after its checkpoint
     writer = SummaryWriter(folder, purge_step=step + 1 if checkpoint else None)
-    writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|"] + [f"|{k}|{v}|" for k, v in vars(args).items()]))
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    writer.add_text(
+        "hyperparameters", "\n".join(["|argument|value|", "|-|-|"] + [f"|{k}|{v}|" for k, v in vars(args).items()])
+    )
+    bar = tqdm(
+        total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+    )
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         observations, _ = envs.reset(seed=args.seed + step)
@@ -746,7 +759,9 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
                     if updates % 100 == 0:
                         for name, value in check_metrics().items():
                             writer.add_scalar(f"losses/{name}", value, step)
-                        writer.add_scalar("charts/SPS", int((step - first_step) / (time.time() - start - seconds)), step)
+                        writer.add_scalar(
+                            "charts/SPS", int((step - first_step) / (time.time() - start - seconds)), step
+                        )
 
             # Report
             for i in np.flatnonzero(infos.get("_episode", ())):

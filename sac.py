@@ -21,6 +21,7 @@ Usage:
 Departures from the paper: none known. Where the paper is silent, this file follows the authors' code: log sigma is
 clamped to [-20, 2], alpha starts at 1, and the policy is trained against the critics after their step.
 """
+
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
@@ -350,7 +351,9 @@ def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
         lambda env: RescaleAction(env, np.float32(-1), np.float32(1)),
     ]
     same_step = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-    envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", vector_kwargs=same_step, wrappers=wrappers, **kwargs)
+    envs = gym.make_vec(
+        env_id, num_envs, vectorization_mode="sync", vector_kwargs=same_step, wrappers=wrappers, **kwargs
+    )
     return RecordEpisodeStatistics(envs)
 
 
@@ -602,8 +605,12 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
 
     write_evaluations()  # a resumed run forgets what came after its checkpoint
     writer = SummaryWriter(folder, purge_step=step + 1 if checkpoint else None)
-    writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|"] + [f"|{k}|{v}|" for k, v in vars(args).items()]))
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    writer.add_text(
+        "hyperparameters", "\n".join(["|argument|value|", "|-|-|"] + [f"|{k}|{v}|" for k, v in vars(args).items()])
+    )
+    bar = tqdm(
+        total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+    )
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         observations, _ = envs.reset(seed=args.seed + step)
@@ -656,7 +663,9 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
                     if updates % 100 == 0:
                         for name, value in check_metrics().items():
                             writer.add_scalar(f"losses/{name}", value, step)
-                        writer.add_scalar("charts/SPS", int((step - first_step) / (time.time() - start - seconds)), step)
+                        writer.add_scalar(
+                            "charts/SPS", int((step - first_step) / (time.time() - start - seconds)), step
+                        )
 
             # Report
             for i in np.flatnonzero(infos.get("_episode", ())):

@@ -20,6 +20,7 @@ Departures from the paper: learning rates of 3e-4, 25,000 random steps and two h
 authors' code of today (the paper has 1e-3, 10,000 on some tasks 1,000, and layers of 400 and 300). Counting updates
 from 0, the policy is trained at 0, 2, 4, ...
 """
+
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
@@ -334,7 +335,9 @@ def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
         lambda env: RescaleAction(env, np.float32(-1), np.float32(1)),
     ]
     same_step = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-    envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", vector_kwargs=same_step, wrappers=wrappers, **kwargs)
+    envs = gym.make_vec(
+        env_id, num_envs, vectorization_mode="sync", vector_kwargs=same_step, wrappers=wrappers, **kwargs
+    )
     return RecordEpisodeStatistics(envs)
 
 
@@ -586,8 +589,12 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
 
     write_evaluations()  # a resumed run forgets what came after its checkpoint
     writer = SummaryWriter(folder, purge_step=step + 1 if checkpoint else None)
-    writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|"] + [f"|{k}|{v}|" for k, v in vars(args).items()]))
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    writer.add_text(
+        "hyperparameters", "\n".join(["|argument|value|", "|-|-|"] + [f"|{k}|{v}|" for k, v in vars(args).items()])
+    )
+    bar = tqdm(
+        total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+    )
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         observations, _ = envs.reset(seed=args.seed + step)
@@ -640,7 +647,9 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
                     if updates % 100 == 0:
                         for name, value in check_metrics().items():
                             writer.add_scalar(f"losses/{name}", value, step)
-                        writer.add_scalar("charts/SPS", int((step - first_step) / (time.time() - start - seconds)), step)
+                        writer.add_scalar(
+                            "charts/SPS", int((step - first_step) / (time.time() - start - seconds)), step
+                        )
 
             # Report
             for i in np.flatnonzero(infos.get("_episode", ())):

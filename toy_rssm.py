@@ -31,6 +31,7 @@ Usage:
     python toy_rssm.py --target moons --methods rssm dsm idem langevin fab
     python toy_rssm.py --target rings --methods rssm dsm --seed 2
 """
+
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
@@ -200,7 +201,10 @@ class Schedule:
         spread = torch.logspace(-2, 1, steps, dtype=torch.float64)
         abar = 1 / (1 + spread**2)
         before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-        noise2, noise2_before = spread**2 * abar, torch.cat([torch.zeros(1, dtype=torch.float64), (spread**2 * abar)[:-1]])
+        noise2, noise2_before = (
+            spread**2 * abar,
+            torch.cat([torch.zeros(1, dtype=torch.float64), (spread**2 * abar)[:-1]]),
+        )
         beta = (noise2 - noise2_before) / before  # 1 - abar_t / abar_{t-1}
         self.signal, self.noise, self.spread = abar.sqrt().float(), noise2.sqrt().float(), spread.float()
         self.mean_a0 = (beta * before.sqrt() / noise2).float()
@@ -296,7 +300,9 @@ def diffusion_results(network: ScoreNetwork, schedule: Schedule, args: Args):
     t = int(0.4 * args.diffusion_steps)  # spread of about 0.15
     time = (t + 1) / args.diffusion_steps
     score = lambda a: -network(a, torch.full((len(a), 1), time)) / schedule.noise[t]  # noqa: E731
-    return torch.cat([denoise(network, schedule, len(rows)) for rows in torch.arange(args.samples).split(10_000)]), score
+    return torch.cat(
+        [denoise(network, schedule, len(rows)) for rows in torch.arange(args.samples).split(10_000)]
+    ), score
 
 
 # iDEM -----------------------------------------------------------------------------------------------
@@ -311,7 +317,9 @@ def idem_score(energy_gradient, x: Tensor, sigma: Tensor, z: Tensor) -> Tensor:
     return -(torch.softmax(-energy, dim=1)[..., None] * gradient).sum(1)
 
 
-def run_idem(target: Target, args: Args, outer=30, inner=100, k=500, batch=128, clip=10.0, sigma_min=0.02, sigma_max=1.0):
+def run_idem(
+    target: Target, args: Args, outer=30, inner=100, k=500, batch=128, clip=10.0, sigma_min=0.02, sigma_max=1.0
+):
     """Outer loop: sample the model into a buffer. Inner loop: regress at noised points of that buffer."""
     network = ScoreNetwork(args.hidden_size)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)

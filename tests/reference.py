@@ -270,7 +270,9 @@ class TD3Reference:
     def update(self, batch, step, noise):
         args = self.args
         with torch.no_grad():
-            eps = torch.maximum(torch.minimum(args.policy_noise * noise, torch.tensor(args.noise_clip)), torch.tensor(-args.noise_clip))
+            eps = torch.maximum(
+                torch.minimum(args.policy_noise * noise, torch.tensor(args.noise_clip)), torch.tensor(-args.noise_clip)
+            )
             next_actions = torch.tanh(mlp(self.target_policy, batch.next_observations, relu)) + eps
             next_actions = next_actions.clamp(-1, 1)
             next_qs = [self.q(c, batch.next_observations, next_actions) for c in self.target_critics]
@@ -341,5 +343,7 @@ class QSMReference:
         gradients = [torch.autograd.grad(self.q(c, batch.observations, a_t).sum(), a_t)[0] for c in self.critics]
         gradient = (gradients[0] + gradients[1]) / 2
         predicted = self.noise_prediction(batch.observations, a_t.detach(), noise.t.to(a_t.dtype))
-        self.policy_adam.lr = args.policy_lr * 0.5 * (1 + math.cos(PI * min(self.policy_adam.t / args.policy_lr_steps, 1)))
+        self.policy_adam.lr = (
+            args.policy_lr * 0.5 * (1 + math.cos(PI * min(self.policy_adam.t / args.policy_lr_steps, 1)))
+        )
         self.policy_adam.step(((predicted + args.q_gradient_scale * gradient) ** 2).mean())

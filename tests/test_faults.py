@@ -158,7 +158,9 @@ def values(kind):
         strategies.floats(-1, 2),
         strategies.sampled_from(["", "x", "1e3", "0x10", "--", "None", "1_000", "-0.0", "∞"]),
     )
-    words = strategies.one_of(strategies.text(max_size=5), strategies.sampled_from(["cpu", "auto", "replay", "policy", "a/b"]))
+    words = strategies.one_of(
+        strategies.text(max_size=5), strategies.sampled_from(["cpu", "auto", "replay", "policy", "a/b"])
+    )
     return words.map(str) if kind == "str" else numbers.map(str)
 
 
@@ -175,7 +177,13 @@ def argument_lists(module):
 def test_random_arguments_are_accepted_or_refused_in_one_line(script, monkeypatch):
     module, outcomes = importlib.import_module(script), {"accepted": 0, "refused": 0}
 
-    @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.settings(
+        max_examples=300,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
     @hypothesis.given(argument_lists(module))
     def check(arguments):
         monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments])
@@ -199,7 +207,13 @@ def test_random_arguments_to_the_toy(monkeypatch, capsys):
 
     outcomes = {"accepted": 0, "refused": 0}
 
-    @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.settings(
+        max_examples=300,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
     @hypothesis.given(argument_lists(toy_rssm))
     def check(arguments):
         monkeypatch.setattr("sys.argv", ["toy_rssm.py", *arguments])

@@ -104,7 +104,9 @@ def test_only_the_denoiser_is_differentiated():
     assert not agent.sample_action(batch.observations, noise.next_action).requires_grad
 
 
-@pytest.mark.parametrize("changes", [{}, {"policy_lr_steps": 3, "q_gradient_scale": 2.0, "diffusion_steps": 8}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"policy_lr_steps": 3, "q_gradient_scale": 2.0, "diffusion_steps": 8}], ids=str
+)
 def test_updates_equal_the_oracle(changes):
     agent, oracle = pair(**changes)
     before = copy.deepcopy(agent.state_dict())

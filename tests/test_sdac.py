@@ -396,12 +396,17 @@ def test_best_of_n_keeps_the_particle_with_the_largest_min_q(num_particles):
     observations = torch.randn(30, 4)
     noise = agent.draw_action_noise(30, torch.device("cpu"))._replace(exploration=torch.zeros(30, 2))
     particles = agent.denoise(agent.policy, observations, noise)
-    q = torch.stack([torch.stack([c(observations, particles[:, n]) for c in agent.critics]).amin(0) for n in range(num_particles)])
+    q = torch.stack(
+        [torch.stack([c(observations, particles[:, n]) for c in agent.critics]).amin(0) for n in range(num_particles)]
+    )
     chosen = agent.sample_action(agent.policy, observations, noise)
     for i in range(30):
         torch.testing.assert_close(chosen[i], particles[i, q[:, i].argmax()])
     if num_particles > 1:  # the two critics and their minimum disagree somewhere, so the test can tell them apart
-        single = [torch.stack([c(observations, particles[:, n]) for n in range(num_particles)]).argmax(0) for c in agent.critics]
+        single = [
+            torch.stack([c(observations, particles[:, n]) for n in range(num_particles)]).argmax(0)
+            for c in agent.critics
+        ]
         assert any((best != q.argmax(0)).any() for best in single)
 
 

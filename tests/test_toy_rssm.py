@@ -211,7 +211,9 @@ def test_ais_moves_samples_towards_its_end():
     def densities(a):
         return -2 * (a**2).sum(1), -4 * a, -((a - 0.8) ** 2).sum(1) / 0.02, -(a - 0.8) / 0.01
 
-    a, log_w, _ = toy.annealed_importance_sampling(0.5 * torch.randn(20_000, 2), densities, [i / 10 for i in range(1, 11)], 0.1)
+    a, log_w, _ = toy.annealed_importance_sampling(
+        0.5 * torch.randn(20_000, 2), densities, [i / 10 for i in range(1, 11)], 0.1
+    )
     weights = torch.softmax(log_w, 0)
     torch.testing.assert_close((weights[:, None] * a).sum(0), torch.tensor([0.8, 0.8]), rtol=0, atol=0.05)
 
@@ -254,11 +256,15 @@ def table(folder):
 
 
 def test_a_run_leaves_picture_and_table_and_repeats_itself(run, tmp_path):
-    short = "--iterations 50 --samples 2000 --diffusion-steps 20 --batch-size 64 --num-reverse-samples 16 --hidden-size 32"
+    short = (
+        "--iterations 50 --samples 2000 --diffusion-steps 20 --batch-size 64 --num-reverse-samples 16 --hidden-size 32"
+    )
     tables = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        process = run("toy_rssm", "--target", "moons", "--methods", "rssm", "dsm", "langevin", *short.split(), cwd=tmp_path / name)
+        process = run(
+            "toy_rssm", "--target", "moons", "--methods", "rssm", "dsm", "langevin", *short.split(), cwd=tmp_path / name
+        )
         assert process.returncode == 0, process.stderr
         (folder,) = (tmp_path / name / "runs").iterdir()
         assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.csv", "picture.png"}
