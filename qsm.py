@@ -171,7 +171,7 @@ class Schedule(nn.Module):
 
     alpha_t = exp(-b_min/T - (b_max - b_min) (2t+1) / (2 T^2)) with b_min = 0.1, b_max = 10, so that
     log abar_t = -b_min (t+1)/T - (b_max - b_min) (t+1)^2 / (2 T^2). Worked out in float64. Tables of shape (T,):
-    `signal` = sqrt(abar_t), `noise` = sqrt(1 - abar_t), and for the sampler `shrink` = (1 - alpha_t) / sqrt(1 - abar_t),
+    `signal` = sqrt(abar_t), `noise` = sqrt(1 - abar_t), and for the sampler `shrink` = (1-alpha_t) / sqrt(1-abar_t),
     `grow` = 1 / sqrt(alpha_t), `std` = sqrt(1 - alpha_t), 0 at t = 0.
     """
 

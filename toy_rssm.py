@@ -361,7 +361,7 @@ def run_idem(
 
 
 def langevin(energy_gradient, a: Tensor, step: float, n: int) -> Tensor:
-    """n steps of a <- a - step ∇E(a) + sqrt(2 step) z from a (chains, 2); its stationary law has a bias of order step."""
+    """n steps of a <- a - step ∇E(a) + sqrt(2 step) z from a (chains, 2); the stationary law is off by order step."""
     for _ in range(n):
         a = a - step * energy_gradient(a)[1] + math.sqrt(2 * step) * torch.randn_like(a)
     return a
@@ -477,7 +477,7 @@ def run_fab(target: Target, args: Args, iterations=1200, batch=512, intermediate
 
 
 def cell_masses(log_prob, cells: int = 40, inside: int = 10) -> Tensor:
-    """Mass of a density in each cell of the box, (cells, cells), normalised; midpoint rule with inside^2 points each."""
+    """Mass of a density in each cell of the box, (cells, cells), normalised; by inside^2 midpoints each."""
     x = (torch.arange(cells * inside) + 0.5) / (cells * inside) * 2 - 1
     points = torch.stack(torch.meshgrid(x, x, indexing="ij"), dim=-1)
     density = torch.stack([log_prob(row).double().exp() for row in points])

@@ -320,7 +320,7 @@ def test_nan_in_a_parameter_never_reaches_a_checkpoint(tmp_path):
 
 
 def test_an_environment_that_raises_while_it_is_evaluated(tmp_path):
-    """RaisingSoon fails at its tenth step, which environment 7 plays first in the evaluation after nine vector steps."""
+    """RaisingSoon fails at its tenth step, which comes first in the evaluation after nine vector steps."""
     with pytest.raises(sdac.Failure, match="RaisingSoon-v0 failed at step 27: the simulator exploded; .*--resume"):
         train(tmp_path, env_id="RaisingSoon-v0", seed=15, eval_episodes=1, eval_frequency=27, learning_starts=1000)
     assert load(tmp_path)["step"] == 27 and rows(tmp_path) == []
