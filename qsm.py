@@ -15,7 +15,8 @@ M_q is the explore/exploit dial: a score c ∇Q belongs to the density exp(c Q),
 the larger, the greedier the policy.
 
 The known weakness: (3) takes ∇_a Q at the *noised* action, and exp(Q) noised is another density than exp(Q) with its
-score rescaled. For quadratic Q both scores are linear; else the learned density is biased, the more so the larger t.
+score rescaled. For quadratic Q both scores are at least linear, with different slopes; else their shapes differ too,
+little at the least noise and by more than half from moderate noise on (on a mixture, in tests/test_qsm.py).
 Reverse sampling score matching (sdac.py) has no such bias and needs no gradient of Q.
 
 Usage:
@@ -24,7 +25,8 @@ Usage:
     python qsm.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
 Departures from the official code (JAX, Alescontrela/score_matching_rl): the state's share of the policy's first layer
-is computed once per state instead of once per denoising step, which is the same function. Its README prints (3) with
+is computed once per state instead of once per denoising step, which is the same function. The loss is averaged over
+action dimensions, not summed, which Adam ignores. Its README prints (3) with
 the opposite sign. Counting denoising steps from 0, time enters the network as the plain index t = 0..T-1.
 """
 

@@ -18,8 +18,9 @@ Usage:
     python sac.py --resume runs/RUN_FOLDER
     python sac.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
-Departures from the paper: none known. Where the paper is silent, this file follows the authors' code: log sigma is
-clamped to [-20, 2], alpha starts at 1, and the policy is trained against the critics after their step.
+Departures from the paper: no factor 1/2 in (5), which Adam ignores. Where the paper is silent: log sigma is clamped to
+[-20, 2], alpha starts at 1, the first 5,000 steps are random, and the policy is trained against the critics after
+their step.
 """
 
 # /// script

@@ -271,7 +271,7 @@ def test_a_run_leaves_picture_and_table_and_repeats_itself(run, tmp_path):
         assert str(folder.name) in process.stdout and "mode error" in process.stdout
         tables.append(table(folder))
     assert tables[0] == tables[1]
-    assert [row["method"] for row in tables[0]] == ["rssm", "dsm", "langevin"]
+    assert [row["method"] for row in tables[0]] == ["rssm", "dsm", "langevin", "true"]
     assert tables[0][0]["gradients"] == "0" and int(tables[0][0]["energies"]) == 50 * 64 * 16
 
 
