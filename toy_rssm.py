@@ -160,22 +160,28 @@ class Gaussians(Target):
         return self.means[m] + self.stds[m, None] * torch.randn(n, 2)
 
 
-class Rings(Target):
-    """Concentric rings: the angle is uniform and the radius N(radius_m, std^2), so pi_m = N(|a|; ...) / (2 pi |a|)."""
+class Arcs(Target):
+    """Rings and crescents: around center_m (m, 2) the radius is N(radius_m, std^2), and the angle has the von Mises
+    density exp(kappa cos(angle - direction_m)) / (2 pi I_0(kappa)), uniform for kappa = 0."""
 
-    def __init__(self, radii: Tensor, std: float, weights: Tensor):
+    def __init__(self, centers: Tensor, radii: Tensor, std: float, directions: Tensor, kappa: float, weights: Tensor):
         super().__init__(weights, torch.arange(len(radii)))
-        self.radii, self.std = radii, std
+        self.centers, self.radii, self.std, self.directions, self.kappa = centers, radii, std, directions, kappa
 
     def component_log_probs(self, a: Tensor) -> Tensor:
-        r = (a**2).sum(-1, keepdim=True).clamp(min=1e-6).sqrt()
-        log_normal = -((r - self.radii) ** 2) / (2 * self.std**2) - math.log(self.std * math.sqrt(2 * math.pi))
-        return self.weights.log() + log_normal - torch.log(2 * math.pi * r)
+        x, y = (a[..., i, None] - self.centers[:, i] for i in range(2))
+        r = (x**2 + y**2).clamp(min=1e-6).sqrt()
+        log_radius = -((r - self.radii) ** 2) / (2 * self.std**2) - math.log(self.std * math.sqrt(2 * math.pi))
+        cosine = (x * self.directions.cos() + y * self.directions.sin()) / r
+        log_i0 = torch.special.i0(torch.tensor(self.kappa)).log()
+        return self.weights.log() + log_radius + self.kappa * cosine - log_i0 - torch.log(2 * math.pi * r)
 
     def sample(self, n: int) -> Tensor:
-        m, angle = torch.multinomial(self.weights, n, replacement=True), 2 * math.pi * torch.rand(n)
+        m = torch.multinomial(self.weights, n, replacement=True)
+        # a von Mises distribution of concentration 0 is not allowed; 1e-6 is as good as uniform
+        angle = torch.distributions.VonMises(self.directions[m], max(self.kappa, 1e-6)).sample()
         r = self.radii[m] + self.std * torch.randn(n)
-        return torch.stack([r * angle.cos(), r * angle.sin()], dim=1)
+        return self.centers[m] + torch.stack([r * angle.cos(), r * angle.sin()], dim=1)
 
 
 def make_target(name: str) -> Target:
@@ -183,13 +189,11 @@ def make_target(name: str) -> Target:
         means = torch.tensor([[-0.65, -0.6], [0.6, -0.65], [-0.55, 0.6], [0.65, 0.55], [0.0, 0.05]])
         weights = torch.tensor([0.35, 0.1, 0.2, 0.05, 0.3])
         return Gaussians(means, torch.tensor([0.08, 0.06, 0.1, 0.06, 0.07]), weights, torch.arange(5))
-    if name == "moons":  # sixteen Gaussians along each arc, so close that they melt together
-        angle = (torch.arange(16) + 0.5) / 16 * math.pi
-        arc = 0.5 * torch.stack([angle.cos(), angle.sin()], dim=1)
-        means = torch.cat([arc + torch.tensor([-0.25, -0.1]), -arc + torch.tensor([0.25, 0.1])])
-        weights = torch.cat([torch.full((16,), 0.7), torch.full((16,), 0.3)])
-        return Gaussians(means, torch.full((32,), 0.06), weights, torch.arange(2).repeat_interleave(16))
-    return Rings(torch.tensor([0.25, 0.5, 0.8]), 0.04, torch.tensor([0.15, 0.25, 0.6]))
+    if name == "moons":
+        centers, up_and_down = torch.tensor([[-0.25, -0.1], [0.25, 0.1]]), torch.tensor([0.5, -0.5]) * math.pi
+        return Arcs(centers, torch.full((2,), 0.5), 0.06, up_and_down, 3.0, torch.tensor([0.7, 0.3]))
+    radii = torch.tensor([0.25, 0.5, 0.8])
+    return Arcs(torch.zeros(3, 2), radii, 0.04, torch.zeros(3), 0.0, torch.tensor([0.15, 0.25, 0.6]))
 
 
 # Diffusion: rssm and dsm ----------------------------------------------------------------------------
