@@ -826,12 +826,16 @@ def run(agent_class: type) -> None:
     if args.resume:
         folder = Path(args.resume)
     else:
-        name = re.sub("[/:]", "-", args.env_id)
-        folder = Path("runs") / f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise Failure(f"can't make the run folder {folder}: {one_line(error)}") from None
+        name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}"
+        while True:
+            folder = Path("runs") / f"{name}__{int(time.time())}"
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:  # another run of the same second
+                time.sleep(0.1)
+            except OSError as error:
+                raise Failure(f"can't make the run folder {folder}: {one_line(error)}") from None
         write_whole(folder / "args.json", lambda file: file.write(json.dumps(vars(args), indent=2).encode()))
     if args.track:
         wandb.init(
