@@ -5,7 +5,7 @@ import csv
 import pytest
 
 # InvertedPendulum-v4 pays 1 for each step that the pole stands, at most 1000; random policies get 5 to 8. The agents
-# reach 60 to 130 here: five times a random policy leaves room for other machines' rounding.
+# were seen to exceed 60 here; five times a random policy leaves room for the rounding of other machines.
 THRESHOLD = 40
 COMMANDS = {
     "sdac": "--total-timesteps 4000 --learning-starts 500 --hidden-size 64 --num-particles 8 --num-reverse-samples 16"
