@@ -383,8 +383,9 @@ def check_environment(env_id: str, capture_video: bool) -> None:
         raise Failure(f"the observations of {env_id} can't be flattened to a vector of fixed size")
     if capture_video:
         try:
-            env.reset()
-            env.render()
+            with warnings.catch_warnings(action="ignore"):  # GLFW warns before it fails
+                env.reset()
+                env.render()
         except Exception as error:
             hint = "set MUJOCO_GL=egl (GPU) or MUJOCO_GL=osmesa (CPU) and install that library"
             raise Failure(f"--capture-video can't render {env_id}: {hint} ({one_line(error)})") from None
