@@ -16,7 +16,7 @@ Usage:
     python td3.py --resume runs/RUN_FOLDER
     python td3.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
-Departures from the paper, whose first version had other numbers: learning rates of 3e-4, batches of 256, 25,000 random
+The numbers are today's usual ones, not all of them the paper's: learning rates of 3e-4, batches of 256, 25,000 random
 steps and two hidden layers of 256. Counting updates from 0, the policy is trained at 0, 2, 4, ... where the paper's
 box, counting from 1, trains it at 2, 4, 6, ...
 """
