@@ -63,6 +63,8 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -76,6 +78,7 @@ import tyro
 from gymnasium.wrappers import DtypeObservation, FlattenObservation, RecordVideo, RescaleAction
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -90,6 +93,8 @@ class Args:
     """seed of everything random"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes CUDA if there is one"""
+    compile: bool = True
+    """torch.compile what is slow, and on CUDA replay whole updates as graphs"""
     total_timesteps: int = 1_000_000
     """environment steps of the whole run, summed over the environments"""
     num_envs: int = 1
@@ -173,8 +178,8 @@ class Schedule(nn.Module):
 
     alpha_t = exp(-b_min/T - (b_max - b_min) (2t+1) / (2 T^2)) with b_min = 0.1, b_max = 10, so that
     log abar_t = -b_min (t+1)/T - (b_max - b_min) (t+1)^2 / (2 T^2). Worked out in float64. Tables of shape (T,):
-    `signal` = sqrt(abar_t), `noise` = sqrt(1 - abar_t), and for the sampler `shrink` = (1-alpha_t) / sqrt(1-abar_t),
-    `grow` = 1 / sqrt(alpha_t), `std` = sqrt(1 - alpha_t), 0 at t = 0.
+    `signal` = sqrt(abar_t), `noise` = sqrt(1 - abar_t). Rows of `denoising`, (T, 3), hold what a step of the sampler
+    needs: shrink = (1-alpha_t) / sqrt(1-abar_t), grow = 1 / sqrt(alpha_t), std = sqrt(1 - alpha_t), 0 at t = 0.
     """
 
     def __init__(self, steps: int, b_min: float = 0.1, b_max: float = 10.0):
@@ -183,13 +188,9 @@ class Schedule(nn.Module):
         log_alpha = -b_min / steps - (b_max - b_min) * (2 * t + 1) / (2 * steps**2)
         beta, log_abar = -torch.expm1(log_alpha), torch.cumsum(log_alpha, dim=0)
         one_minus_abar = -torch.expm1(log_abar)
-        tables = {
-            "signal": (log_abar / 2).exp(),
-            "noise": one_minus_abar.sqrt(),
-            "shrink": beta / one_minus_abar.sqrt(),
-            "grow": (-log_alpha / 2).exp(),
-            "std": beta.sqrt() * (t > 0),
-        }
+        shrink, grow, std = beta / one_minus_abar.sqrt(), (-log_alpha / 2).exp(), beta.sqrt() * (t > 0)
+        denoising = torch.stack([shrink, grow, std], dim=1)
+        tables = {"signal": (log_abar / 2).exp(), "noise": one_minus_abar.sqrt(), "denoising": denoising}
         for name, table in tables.items():
             self.register_buffer(name, table.to(torch.get_default_dtype()), persistent=False)
 
@@ -199,10 +200,11 @@ def forward_sample(schedule: Schedule, actions: Tensor, t: Tensor, eps: Tensor) 
     return schedule.signal[t, None] * actions + schedule.noise[t, None] * eps
 
 
-def denoising_step(schedule: Schedule, a_t: Tensor, predicted_eps: Tensor, t: int, eps: Tensor) -> Tensor:
-    """One DDPM step a_t -> a_{t-1}, all (B, d), clipped to the box; no noise is added at t = 0."""
-    mean = schedule.grow[t] * (a_t - schedule.shrink[t] * predicted_eps)
-    return (mean + schedule.std[t] * eps).clamp(-1, 1)
+def denoising_step(coefficients: Tensor, a_t: Tensor, predicted_eps: Tensor, eps: Tensor) -> Tensor:
+    """One DDPM step a_t -> a_{t-1}, all (B, d), clipped to the box. `coefficients` is row t of `Schedule.denoising`;
+    at t = 0 its std is 0, so that no noise is added."""
+    shrink, grow, std = coefficients
+    return (grow * (a_t - shrink * predicted_eps) + std * eps).clamp(-1, 1)
 
 
 def qsm_target(critics: nn.ModuleList, observations: Tensor, a_t: Tensor, q_gradient_scale: float) -> Tensor:
@@ -227,13 +229,31 @@ def linear(in_features: int, out_features: int, fan_in: int | None = None, bias:
     return layer
 
 
+class Mish(nn.Module):
+    """x tanh(log(1 + e^x)) = x n/(n+2) with n = e^x (e^x + 2), which takes one exponential.
+
+    PyTorch's own, slower on the CPU, is kept for gradients: the formula's are NaN where n overflows.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return F.mish(x)
+        n = x.exp()
+        n = n * (n + 2)
+        return x * (1 - 2 / (n + 2))
+
+
 class Critic(nn.Module):
     """Q(s, a): observations (B, o) and actions (B, d) give (B,)."""
 
     def __init__(self, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
         self.net = nn.Sequential(
-            linear(obs_dim + action_dim, hidden), nn.ReLU(), linear(hidden, hidden), nn.ReLU(), linear(hidden, 1)
+            linear(obs_dim + action_dim, hidden),
+            nn.ReLU(inplace=True),
+            linear(hidden, hidden),
+            nn.ReLU(inplace=True),
+            linear(hidden, 1),
         )
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -254,13 +274,13 @@ class DiffusionPolicy(nn.Module):
         fan_in = action_dim + obs_dim + cond_dim
         self.time = nn.Sequential(
             linear(time_dim, cond_dim),
-            nn.Mish(),
+            Mish(),
             linear(cond_dim, cond_dim),
             linear(cond_dim, hidden, fan_in, bias=False),
         )
         self.state = linear(obs_dim, hidden, fan_in)
         self.action = linear(action_dim, hidden, fan_in, bias=False)
-        self.trunk = nn.Sequential(nn.Mish(), linear(hidden, hidden), nn.Mish(), linear(hidden, action_dim))
+        self.trunk = nn.Sequential(Mish(), linear(hidden, hidden), Mish(), linear(hidden, action_dim))
 
     def times(self) -> Tensor:
         """The first layer's share of every time step, (T, hidden), from learned Fourier features."""
@@ -269,6 +289,17 @@ class DiffusionPolicy(nn.Module):
 
     def forward(self, observations: Tensor, a_t: Tensor, t: Tensor) -> Tensor:
         return self.trunk(self.action(a_t) + self.state(observations) + self.times()[t])
+
+
+def denoising_steps(
+    policy: DiffusionPolicy, state: Tensor, time: Tensor, coefficients: Tensor, a_t: Tensor, eps: Tensor
+) -> Tensor:
+    """k steps of the sampler on a_t (B, d), from the last of k rows to the first: state (B, hidden) and time
+    (k, hidden) are their shares of the first layer, coefficients (k, 3) rows of `Schedule.denoising`, eps (k, B, d)."""
+    for i in reversed(range(len(time))):
+        predicted_eps = policy.trunk(policy.action(a_t) + (state + time[i]))
+        a_t = denoising_step(coefficients[i], a_t, predicted_eps, eps[i])
+    return a_t
 
 
 # ALGO LOGIC: the agent ------------------------------------------------------------------------------
@@ -305,17 +336,20 @@ class QSM(nn.Module):
         self.policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_size, args.diffusion_steps)
         self.critics = nn.ModuleList(Critic(obs_dim, action_dim, args.hidden_size) for _ in range(2))
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
-        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.policy_lr)
-        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr)
+        self.policy_optimizer = adam(self.policy.parameters(), args.policy_lr)
+        self.critic_optimizer = adam(self.critics.parameters(), args.q_lr)
         self.optimizers = [self.policy_optimizer, self.critic_optimizer]
+        self.register_buffer("policy_steps", torch.tensor(0))
+        self.denoising_steps = torch.compile(denoising_steps, dynamic=False) if args.compile else denoising_steps
 
     @torch.no_grad()
     def sample_action(self, observations: Tensor, noise: ActionNoise) -> Tensor:
         """DDPM sample plus exploration noise, clipped: (B, d) for observations (B, o)."""
-        state, times, a_t = self.policy.state(observations), self.policy.times(), noise.start
-        for t in reversed(range(self.args.diffusion_steps)):
-            predicted_eps = self.policy.trunk(self.policy.action(a_t) + state + times[t])
-            a_t = denoising_step(self.schedule, a_t, predicted_eps, t, noise.steps[t])
+        state, time, a_t = self.policy.state(observations), self.policy.times(), noise.start
+        for end in range(self.args.diffusion_steps, 0, -5):  # five at once: fewer calls, little to compile
+            t = slice(max(end - 5, 0), end)
+            coefficients, eps = self.schedule.denoising[t], noise.steps[t]
+            a_t = self.denoising_steps(self.policy, state, time[t], coefficients, a_t, eps)
         return (a_t + self.args.exploration_noise * noise.exploration).clamp(-1, 1)
 
     def act(self, observations: Tensor, explore: bool) -> Tensor:
@@ -333,6 +367,9 @@ class QSM(nn.Module):
         t = torch.randint(self.args.diffusion_steps, (batch,), device=device)
         forward = torch.randn(batch, self.action_dim, device=device)
         return UpdateNoise(self.draw_action_noise(batch, device), t, forward)
+
+    def parts(self, step: int) -> None:
+        """Every update does the same."""
 
     def update(self, batch: Batch, step: int, noise: UpdateNoise | None = None) -> dict[str, Tensor]:
         """One iteration of the paper's Algorithm 1; `step` counts updates from 0. Returns what to log."""
@@ -353,8 +390,7 @@ class QSM(nn.Module):
         a_t = forward_sample(self.schedule, batch.actions, noise.t, noise.forward)
         target = qsm_target(self.critics, batch.observations, a_t, args.q_gradient_scale)
         policy_loss = F.mse_loss(self.policy(batch.observations, a_t, noise.t), target)
-        progress = min(step / args.policy_lr_steps, 1.0)
-        self.policy_optimizer.param_groups[0]["lr"] = args.policy_lr * (1 + math.cos(math.pi * progress)) / 2
+        self.policy_optimizer.param_groups[0]["lr"] = self.decayed_policy_lr()
         minimise(policy_loss, self.policy_optimizer)
 
         metrics = {"qf1_values": q1.mean(), "qf2_values": q2.mean(), "qf1_loss": q1_loss, "qf2_loss": q2_loss}
@@ -363,6 +399,17 @@ class QSM(nn.Module):
             "q_gradient": target.norm(dim=1).mean() / max(args.q_gradient_scale, 1e-12),
         }
         return {name: value.detach() for name, value in metrics.items()}
+
+    def decayed_policy_lr(self) -> Tensor:
+        """Cosine decay to 0 over the policy's own steps, which it counts."""
+        progress = (self.policy_steps / self.args.policy_lr_steps).clamp(max=1)
+        self.policy_steps += 1
+        return self.args.policy_lr * (1 + (math.pi * progress).cos()) / 2
+
+
+def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
+    """Adam in one kernel, which a CUDA graph may capture."""
+    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=True)
 
 
 def minimise(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -375,8 +422,7 @@ def minimise(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
 @torch.no_grad()
 def move_average(average: nn.Module, online: nn.Module, tau: float) -> None:
     """average <- (1-tau) average + tau online, parameter by parameter."""
-    for slow, fast in zip(average.parameters(), online.parameters()):
-        slow.lerp_(fast, tau)
+    torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), tau)
 
 
 # ==== HARNESS: the same text in sac.py, td3.py, qsm.py and sdac.py =================================
@@ -385,8 +431,8 @@ def move_average(average: nn.Module, online: nn.Module, tau: float) -> None:
 SIGNALS: list[int] = []  # SIGINT and SIGTERM received; training stops at the next step
 # Arguments that may differ from those of the run that is resumed or evaluated.
 CHANGEABLE = {
-    "resume", "evaluate", "device", "total_timesteps", "eval_episodes", "track", "wandb_project_name", "wandb_entity",
-    "capture_video",
+    "resume", "evaluate", "device", "compile", "total_timesteps", "eval_episodes", "track", "wandb_project_name",
+    "wandb_entity", "capture_video",
 }  # fmt: skip
 
 
@@ -428,7 +474,7 @@ class ReplayBuffer:
     def sample(self, batch_size: int, device: torch.device) -> Batch:
         """Uniform with replacement."""
         rows = torch.randint(len(self), (batch_size,))
-        return Batch(*(column[rows].to(device) for column in self.columns))
+        return Batch(*(column.index_select(0, rows).to(device) for column in self.columns))
 
     def state_dict(self) -> dict:
         # Through numpy, a slice gets a storage of its own length, so that only filled rows are written.
@@ -610,7 +656,49 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def evaluate(agent: nn.Module, args: Args, device: torch.device, video_folder: Path, name: str) -> np.ndarray | None:
+class CUDAGraphs:
+    """A function replayed on the GPU as CUDA graphs: one launch instead of thousands, and nothing waits for its end.
+
+    Its first argument is a tensor or a `Batch`, copied into the graph's own; `parts` of the second tells which kernels
+    run, and each value has its graph. The first three calls run as they are, so that compilers and optimizers settle,
+    the fourth is captured. Results are overwritten by the next call.
+    """
+
+    def __init__(self, function: Callable, parts: Callable):
+        self.function, self.parts, self.calls, self.graphs = function, parts, Counter(), {}
+        self.stream = torch.cuda.Stream()  # autograd wants capture on the stream of the calls before it
+
+    def __call__(self, inputs: Tensor | Batch, argument: bool | int) -> Tensor | dict[str, Tensor]:
+        kind = self.parts(argument)
+        self.calls[kind] += 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if self.calls[kind] == 4:
+                own, graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=self.stream):
+                    result = self.function(own, argument)
+                self.graphs[kind] = graph, own, result
+            if kind in self.graphs:
+                graph, own, result = self.graphs[kind]
+                tree_map(Tensor.copy_, own, inputs)
+                graph.replay()
+            else:
+                result = self.function(inputs, argument)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+
+def compiler_works(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs: a C++ compiler for the CPU, Triton for CUDA."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:
+        print(f"running without torch.compile, which fails here: {one_line(error)}", flush=True)
+        return False
+    return True
+
+
+def evaluate(act: Callable, args: Args, device: torch.device, video_folder: Path, name: str) -> np.ndarray | None:
     """Returns of `--eval-episodes` episodes, (episodes,), without exploration noise; None if a signal came between.
 
     The environments are new ones on seeds of their own, and the random streams are put back afterwards: how
@@ -626,7 +714,7 @@ def evaluate(agent: nn.Module, args: Args, device: torch.device, video_folder: P
     try:
         observations, _ = envs.reset(seed=seed)
         while not finished.all() and not SIGNALS:
-            actions = agent.act(torch.as_tensor(observations, device=device), explore=False).cpu().numpy()
+            actions = act(torch.as_tensor(observations, device=device), False).cpu().numpy()
             observations, _, _, _, infos = envs.step(actions.reshape(envs.action_space.shape))
             if "episode" in infos:
                 ended = infos["_episode"] & ~finished
@@ -650,6 +738,10 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, action_dim = sizes(envs)
     agent = agent_class(obs_dim, action_dim, args).to(device)
+    act, act_evaluated, update = agent.act, agent.act, agent.update
+    if args.compile and device.type == "cuda":
+        act, act_evaluated = (CUDAGraphs(agent.act, parts=lambda explore: explore) for _ in range(2))
+        update = CUDAGraphs(agent.update, agent.parts)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
     step, updates, seconds, evaluations = 0, 0, 0.0, []
     if checkpoint:
@@ -719,7 +811,7 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
             if step // args.eval_frequency > evaluated_step // args.eval_frequency or (done and step > evaluated_step):
                 check_metrics()
                 with saving_first():
-                    returns = evaluate(agent, args, device, folder / "videos", f"step-{step}")
+                    returns = evaluate(act_evaluated, args, device, folder / "videos", f"step-{step}")
                 if returns is not None:
                     check_finite(step, evaluation=returns)
                     last_evaluation = float(returns.mean())
@@ -739,8 +831,19 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
             if step < args.learning_starts:
                 actions = 2 * torch.rand(args.num_envs, action_dim) - 1
             else:
-                actions = agent.act(torch.as_tensor(observations, device=device), explore=True).cpu()
+                actions = act(torch.as_tensor(observations, device=device), True).cpu()
             actions = actions.numpy()
+
+            # Learn, before the environments step, so that they step while a GPU learns
+            for _ in range(args.updates_per_step if step >= args.learning_starts and len(buffer) else 0):
+                metrics |= update(buffer.sample(args.batch_size, device), updates)
+                updates += 1
+                if updates % 100 == 0:
+                    for name, value in check_metrics().items():
+                        writer.add_scalar(f"losses/{name}", value, step)
+                    writer.add_scalar("charts/SPS", int((step - first_step) / (time.time() - start - seconds)), step)
+
+            # Step
             with saving_first():
                 transition = envs.step(actions.reshape(envs.action_space.shape))
             next_observations, rewards, terminations, truncations, infos = transition
@@ -753,18 +856,6 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
             buffer.add(observations, actions, true_next_observations, rewards, terminations)
             observations = next_observations
             step += args.num_envs
-
-            # Learn
-            if step >= args.learning_starts:
-                for _ in range(args.updates_per_step):
-                    metrics |= agent.update(buffer.sample(args.batch_size, device), updates)
-                    updates += 1
-                    if updates % 100 == 0:
-                        for name, value in check_metrics().items():
-                            writer.add_scalar(f"losses/{name}", value, step)
-                        writer.add_scalar(
-                            "charts/SPS", int((step - first_step) / (time.time() - start - seconds)), step
-                        )
 
             # Report
             for i in np.flatnonzero(infos.get("_episode", ())):
@@ -812,13 +903,15 @@ def run(agent_class: type) -> None:
         if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
             raise Failure("--track: not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if args.compile and not compiler_works(device):
+        args = dataclasses.replace(args, compile=False)
 
     if args.evaluate:
         envs = make_envs(args.env_id, 1)
         agent = agent_class(*sizes(envs), args).to(device)
         envs.close()
         agent.load_state_dict(checkpoint["agent"])
-        returns = evaluate(agent, args, device, Path(source) / "videos", "evaluate")
+        returns = evaluate(agent.act, args, device, Path(source) / "videos", "evaluate")
         for i, value in enumerate(returns):
             print(f"episode {i}: return {value:.2f}")
         print(f"mean {returns.mean():.2f}, standard deviation {returns.std():.2f} over {len(returns)} episodes")

@@ -56,6 +56,8 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -69,6 +71,7 @@ import tyro
 from gymnasium.wrappers import DtypeObservation, FlattenObservation, RecordVideo, RescaleAction
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -83,6 +86,8 @@ class Args:
     """seed of everything random"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes CUDA if there is one"""
+    compile: bool = True
+    """torch.compile what is slow, and on CUDA replay whole updates as graphs"""
     total_timesteps: int = 1_000_000
     """environment steps of the whole run, summed over the environments"""
     num_envs: int = 1
@@ -154,7 +159,11 @@ RANGES = {
 
 def mlp(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(in_features, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, out_features)
+        nn.Linear(in_features, hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, out_features),
     )
 
 
@@ -221,9 +230,9 @@ class SAC(nn.Module):
         self.critics = nn.ModuleList(Critic(obs_dim, action_dim, args.hidden_size) for _ in range(2))
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
-        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.policy_lr)
-        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr)
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.alpha_lr)
+        self.policy_optimizer = adam(self.policy.parameters(), args.policy_lr)
+        self.critic_optimizer = adam(self.critics.parameters(), args.q_lr)
+        self.alpha_optimizer = adam([self.log_alpha], args.alpha_lr)
         self.optimizers = [self.policy_optimizer, self.critic_optimizer, self.alpha_optimizer]
 
     @torch.no_grad()
@@ -234,6 +243,9 @@ class SAC(nn.Module):
 
     def draw_update_noise(self, batch: int, device: torch.device) -> UpdateNoise:
         return UpdateNoise(*torch.randn(2, batch, self.action_dim, device=device))
+
+    def parts(self, step: int) -> None:
+        """Every update does the same."""
 
     def update(self, batch: Batch, step: int, noise: UpdateNoise | None = None) -> dict[str, Tensor]:
         """One gradient step of the paper's Algorithm 1. Returns what to log."""
@@ -268,6 +280,11 @@ class SAC(nn.Module):
         return {name: value.detach() for name, value in metrics.items()}
 
 
+def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
+    """Adam in one kernel, which a CUDA graph may capture."""
+    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=True)
+
+
 def minimise(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """One gradient step on the parameters of this optimizer."""
     optimizer.zero_grad()
@@ -278,8 +295,7 @@ def minimise(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
 @torch.no_grad()
 def move_average(average: nn.Module, online: nn.Module, tau: float) -> None:
     """average <- (1-tau) average + tau online, parameter by parameter."""
-    for slow, fast in zip(average.parameters(), online.parameters()):
-        slow.lerp_(fast, tau)
+    torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), tau)
 
 
 # ==== HARNESS: the same text in sac.py, td3.py, qsm.py and sdac.py =================================
@@ -288,8 +304,8 @@ def move_average(average: nn.Module, online: nn.Module, tau: float) -> None:
 SIGNALS: list[int] = []  # SIGINT and SIGTERM received; training stops at the next step
 # Arguments that may differ from those of the run that is resumed or evaluated.
 CHANGEABLE = {
-    "resume", "evaluate", "device", "total_timesteps", "eval_episodes", "track", "wandb_project_name", "wandb_entity",
-    "capture_video",
+    "resume", "evaluate", "device", "compile", "total_timesteps", "eval_episodes", "track", "wandb_project_name",
+    "wandb_entity", "capture_video",
 }  # fmt: skip
 
 
@@ -331,7 +347,7 @@ class ReplayBuffer:
     def sample(self, batch_size: int, device: torch.device) -> Batch:
         """Uniform with replacement."""
         rows = torch.randint(len(self), (batch_size,))
-        return Batch(*(column[rows].to(device) for column in self.columns))
+        return Batch(*(column.index_select(0, rows).to(device) for column in self.columns))
 
     def state_dict(self) -> dict:
         # Through numpy, a slice gets a storage of its own length, so that only filled rows are written.
@@ -513,7 +529,49 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def evaluate(agent: nn.Module, args: Args, device: torch.device, video_folder: Path, name: str) -> np.ndarray | None:
+class CUDAGraphs:
+    """A function replayed on the GPU as CUDA graphs: one launch instead of thousands, and nothing waits for its end.
+
+    Its first argument is a tensor or a `Batch`, copied into the graph's own; `parts` of the second tells which kernels
+    run, and each value has its graph. The first three calls run as they are, so that compilers and optimizers settle,
+    the fourth is captured. Results are overwritten by the next call.
+    """
+
+    def __init__(self, function: Callable, parts: Callable):
+        self.function, self.parts, self.calls, self.graphs = function, parts, Counter(), {}
+        self.stream = torch.cuda.Stream()  # autograd wants capture on the stream of the calls before it
+
+    def __call__(self, inputs: Tensor | Batch, argument: bool | int) -> Tensor | dict[str, Tensor]:
+        kind = self.parts(argument)
+        self.calls[kind] += 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if self.calls[kind] == 4:
+                own, graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=self.stream):
+                    result = self.function(own, argument)
+                self.graphs[kind] = graph, own, result
+            if kind in self.graphs:
+                graph, own, result = self.graphs[kind]
+                tree_map(Tensor.copy_, own, inputs)
+                graph.replay()
+            else:
+                result = self.function(inputs, argument)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+
+def compiler_works(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs: a C++ compiler for the CPU, Triton for CUDA."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:
+        print(f"running without torch.compile, which fails here: {one_line(error)}", flush=True)
+        return False
+    return True
+
+
+def evaluate(act: Callable, args: Args, device: torch.device, video_folder: Path, name: str) -> np.ndarray | None:
     """Returns of `--eval-episodes` episodes, (episodes,), without exploration noise; None if a signal came between.
 
     The environments are new ones on seeds of their own, and the random streams are put back afterwards: how
@@ -529,7 +587,7 @@ def evaluate(agent: nn.Module, args: Args, device: torch.device, video_folder: P
     try:
         observations, _ = envs.reset(seed=seed)
         while not finished.all() and not SIGNALS:
-            actions = agent.act(torch.as_tensor(observations, device=device), explore=False).cpu().numpy()
+            actions = act(torch.as_tensor(observations, device=device), False).cpu().numpy()
             observations, _, _, _, infos = envs.step(actions.reshape(envs.action_space.shape))
             if "episode" in infos:
                 ended = infos["_episode"] & ~finished
@@ -553,6 +611,10 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, action_dim = sizes(envs)
     agent = agent_class(obs_dim, action_dim, args).to(device)
+    act, act_evaluated, update = agent.act, agent.act, agent.update
+    if args.compile and device.type == "cuda":
+        act, act_evaluated = (CUDAGraphs(agent.act, parts=lambda explore: explore) for _ in range(2))
+        update = CUDAGraphs(agent.update, agent.parts)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
     step, updates, seconds, evaluations = 0, 0, 0.0, []
     if checkpoint:
@@ -622,7 +684,7 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
             if step // args.eval_frequency > evaluated_step // args.eval_frequency or (done and step > evaluated_step):
                 check_metrics()
                 with saving_first():
-                    returns = evaluate(agent, args, device, folder / "videos", f"step-{step}")
+                    returns = evaluate(act_evaluated, args, device, folder / "videos", f"step-{step}")
                 if returns is not None:
                     check_finite(step, evaluation=returns)
                     last_evaluation = float(returns.mean())
@@ -642,8 +704,19 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
             if step < args.learning_starts:
                 actions = 2 * torch.rand(args.num_envs, action_dim) - 1
             else:
-                actions = agent.act(torch.as_tensor(observations, device=device), explore=True).cpu()
+                actions = act(torch.as_tensor(observations, device=device), True).cpu()
             actions = actions.numpy()
+
+            # Learn, before the environments step, so that they step while a GPU learns
+            for _ in range(args.updates_per_step if step >= args.learning_starts and len(buffer) else 0):
+                metrics |= update(buffer.sample(args.batch_size, device), updates)
+                updates += 1
+                if updates % 100 == 0:
+                    for name, value in check_metrics().items():
+                        writer.add_scalar(f"losses/{name}", value, step)
+                    writer.add_scalar("charts/SPS", int((step - first_step) / (time.time() - start - seconds)), step)
+
+            # Step
             with saving_first():
                 transition = envs.step(actions.reshape(envs.action_space.shape))
             next_observations, rewards, terminations, truncations, infos = transition
@@ -656,18 +729,6 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
             buffer.add(observations, actions, true_next_observations, rewards, terminations)
             observations = next_observations
             step += args.num_envs
-
-            # Learn
-            if step >= args.learning_starts:
-                for _ in range(args.updates_per_step):
-                    metrics |= agent.update(buffer.sample(args.batch_size, device), updates)
-                    updates += 1
-                    if updates % 100 == 0:
-                        for name, value in check_metrics().items():
-                            writer.add_scalar(f"losses/{name}", value, step)
-                        writer.add_scalar(
-                            "charts/SPS", int((step - first_step) / (time.time() - start - seconds)), step
-                        )
 
             # Report
             for i in np.flatnonzero(infos.get("_episode", ())):
@@ -715,13 +776,15 @@ def run(agent_class: type) -> None:
         if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
             raise Failure("--track: not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if args.compile and not compiler_works(device):
+        args = dataclasses.replace(args, compile=False)
 
     if args.evaluate:
         envs = make_envs(args.env_id, 1)
         agent = agent_class(*sizes(envs), args).to(device)
         envs.close()
         agent.load_state_dict(checkpoint["agent"])
-        returns = evaluate(agent, args, device, Path(source) / "videos", "evaluate")
+        returns = evaluate(agent.act, args, device, Path(source) / "videos", "evaluate")
         for i, value in enumerate(returns):
             print(f"episode {i}: return {value:.2f}")
         print(f"mean {returns.mean():.2f}, standard deviation {returns.std():.2f} over {len(returns)} episodes")

@@ -82,6 +82,7 @@ import copy
 import csv
 import dataclasses
 import difflib
+import functools
 import io
 import json
 import math
@@ -93,6 +94,8 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -106,6 +109,7 @@ import tyro
 from gymnasium.wrappers import DtypeObservation, FlattenObservation, RecordVideo, RescaleAction
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -120,6 +124,8 @@ class Args:
     """seed of everything random"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes CUDA if there is one"""
+    compile: bool = True
+    """torch.compile what is slow, and on CUDA replay whole updates as graphs"""
     total_timesteps: int = 1_000_000
     """environment steps of the whole run, summed over the environments"""
     num_envs: int = 5
@@ -236,7 +242,8 @@ class Schedule(nn.Module):
 
     beta_t grows linearly from 0.8e-4 to 0.7992 and abar_t = prod_{i<=t} (1 - beta_i). Everything is worked
     out in float64, since 1 - abar_0 = 8e-5 would lose half of its digits in float32. Tables of shape (T,):
-    `signal` = sqrt(abar_t), `noise` = sqrt(1 - abar_t), `spread` = sqrt(1/abar_t - 1), and the DDPM posterior
+    `signal` = sqrt(abar_t), `noise` = sqrt(1 - abar_t), `spread` = sqrt(1/abar_t - 1). Rows of `denoising`, (T, 5),
+    hold what a step a_t -> a_{t-1} needs: signal, spread, and mean_a0, mean_at, std of the DDPM posterior
     q(a_{t-1} | a_t, a_0) = N(mean_a0 a_0 + mean_at a_t, std^2 I).
     """
 
@@ -245,14 +252,12 @@ class Schedule(nn.Module):
         beta = 0.8 * torch.linspace(1e-4, 0.999, steps, dtype=torch.float64)
         abar = torch.cumprod(1 - beta, dim=0)
         abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-        tables = {
-            "signal": abar.sqrt(),
-            "noise": (1 - abar).sqrt(),
-            "spread": ((1 - abar) / abar).sqrt(),
-            "mean_a0": beta * abar_prev.sqrt() / (1 - abar),
-            "mean_at": (1 - abar_prev) * (1 - beta).sqrt() / (1 - abar),
-            "std": (beta * (1 - abar_prev) / (1 - abar)).sqrt(),
-        }
+        signal, noise, spread = abar.sqrt(), (1 - abar).sqrt(), ((1 - abar) / abar).sqrt()
+        mean_a0 = beta * abar_prev.sqrt() / (1 - abar)
+        mean_at = (1 - abar_prev) * (1 - beta).sqrt() / (1 - abar)
+        std = (beta * (1 - abar_prev) / (1 - abar)).sqrt()
+        denoising = torch.stack([signal, spread, mean_a0, mean_at, std], dim=1)
+        tables = {"signal": signal, "noise": noise, "spread": spread, "denoising": denoising}
         for name, table in tables.items():
             self.register_buffer(name, table.to(torch.get_default_dtype()), persistent=False)
 
@@ -295,30 +300,55 @@ def rssm_target(q: Tensor, temperature: Tensor, eps: Tensor) -> tuple[Tensor, Te
     return weights, torch.einsum("bm,bmd->bd", weights, eps)
 
 
-def denoising_step(schedule: Schedule, a_t: Tensor, predicted_eps: Tensor, t: int, eps: Tensor) -> Tensor:
-    """One DDPM step a_t -> a_{t-1} with the predicted a_0 clipped to the box; no noise is added at t = 0."""
-    a_0 = (a_t / schedule.signal[t] - schedule.spread[t] * predicted_eps).clamp(-1, 1)
-    return schedule.mean_a0[t] * a_0 + schedule.mean_at[t] * a_t + schedule.std[t] * eps
+def denoising_step(coefficients: Tensor, a_t: Tensor, predicted_eps: Tensor, eps: Tensor) -> Tensor:
+    """One DDPM step a_t -> a_{t-1} with the predicted a_0 clipped to the box, all of one shape.
+
+    `coefficients` is row t of `Schedule.denoising`; at t = 0 its std is 0, so that no noise is added.
+    """
+    signal, spread, mean_a0, mean_at, std = coefficients
+    a_0 = (a_t / signal - spread * predicted_eps).clamp(-1, 1)
+    return mean_a0 * a_0 + mean_at * a_t + std * eps
 
 
 # ALGO LOGIC: networks -------------------------------------------------------------------------------
 
 
-def linear(in_features: int, out_features: int, fan_in: int | None = None, bias: bool = True) -> nn.Linear:
-    """Linear layer, initialised like the official library: truncated normal of std 1/sqrt(fan_in), bias 0."""
-    layer = nn.Linear(in_features, out_features, bias)
-    std = (fan_in or in_features) ** -0.5
-    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
+class Linear(nn.Linear):
+    """Linear layer, initialised like the official library's: truncated normal of std 1/sqrt(fan_in), bias 0.
+
+    The bias is a sum of its own, for torch.compile to fuse with the Mish that follows.
+    """
+
+    def __init__(self, in_features: int, out_features: int, fan_in: int | None = None, bias: bool = True):
+        super().__init__(in_features, out_features, bias)
+        std = (fan_in or in_features) ** -0.5
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
+
+class Mish(nn.Module):
+    """x tanh(log(1 + e^x)) = x n/(n+2) with n = e^x (e^x + 2), which takes one exponential.
+
+    PyTorch's own, slower on the CPU, is kept for gradients: the formula's are NaN where n overflows.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return F.mish(x)
+        n = x.exp()
+        n = n * (n + 2)
+        return x * (1 - 2 / (n + 2))
 
 
 def trunk(hidden: int, out_features: int) -> nn.Sequential:
     """Everything after the first layer. The first one is split by input, W [s; a] = W_s s + W_a a, so that the
     state's share is computed once per state and not once per particle, reverse sample and denoising step."""
     return nn.Sequential(
-        nn.Mish(), linear(hidden, hidden), nn.Mish(), linear(hidden, hidden), nn.Mish(), linear(hidden, out_features)
+        Mish(), Linear(hidden, hidden), Mish(), Linear(hidden, hidden), Mish(), Linear(hidden, out_features)
     )
 
 
@@ -328,8 +358,8 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
         fan_in = obs_dim + action_dim
-        self.state = linear(obs_dim, hidden, fan_in)
-        self.action = linear(action_dim, hidden, fan_in, bias=False)
+        self.state = Linear(obs_dim, hidden, fan_in)
+        self.action = Linear(action_dim, hidden, fan_in, bias=False)
         self.trunk = trunk(hidden, 1)
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -348,18 +378,43 @@ class DiffusionPolicy(nn.Module):
         angles = torch.arange(steps)[:, None] * frequencies
         self.register_buffer("sinusoids", torch.cat([angles.sin(), angles.cos()], dim=1) / 4, persistent=False)
         fan_in = obs_dim + action_dim + time_dim
-        self.state = linear(obs_dim, hidden, fan_in)
-        self.action = linear(action_dim, hidden, fan_in, bias=False)
+        self.state = Linear(obs_dim, hidden, fan_in)
+        self.action = Linear(action_dim, hidden, fan_in, bias=False)
         self.time = nn.Sequential(
-            linear(time_dim, 2 * time_dim),
-            nn.Mish(),
-            linear(2 * time_dim, time_dim),
-            linear(time_dim, hidden, fan_in, bias=False),  # the time's share of the first layer
+            Linear(time_dim, 2 * time_dim),
+            Mish(),
+            Linear(2 * time_dim, time_dim),
+            Linear(time_dim, hidden, fan_in, bias=False),  # the time's share of the first layer
         )
         self.trunk = trunk(hidden, action_dim)
 
     def forward(self, observations: Tensor, a_t: Tensor, t: Tensor) -> Tensor:
         return self.trunk(self.state(observations) + self.action(a_t) + self.time(self.sinusoids)[t])
+
+
+def denoising_steps(
+    policy: DiffusionPolicy, state: Tensor, time: Tensor, coefficients: Tensor, a_t: Tensor, eps: Tensor
+) -> Tensor:
+    """k steps of the reverse process on particles a_t (B, N, d), from the last of k rows to the first.
+
+    state (B, 1, hidden) and time (k, hidden) are their shares of the first layer, coefficients (k, 5) rows of
+    `Schedule.denoising`, eps (k, B, N, d).
+    """
+    for i in reversed(range(len(time))):
+        predicted_eps = policy.trunk(policy.action(a_t) + (state + time[i]))
+        a_t = denoising_step(coefficients[i], a_t, predicted_eps, eps[i])
+    return a_t
+
+
+def min_q(critics: nn.ModuleList, observations: Tensor, actions: Tensor) -> Tensor:
+    """min(Q1, Q2), shapes as in `Critic`."""
+    return torch.minimum(*(critic(observations, actions) for critic in critics))
+
+
+def chunks(batch: int, rows: int, device: torch.device) -> list[slice]:
+    """Slices of a batch with `rows` rows per state, so few at once that a CPU keeps them in its cache all the way."""
+    states = max(1024 // rows, 1) if device.type == "cpu" else batch
+    return [slice(i, i + states) for i in range(0, batch, states)]
 
 
 # ALGO LOGIC: the agent ------------------------------------------------------------------------------
@@ -411,10 +466,13 @@ class SDAC(nn.Module):
         self.log_lambda = nn.Parameter(torch.tensor(math.log(args.lambda_start)))
         self.ema_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.ema_critics = copy.deepcopy(self.critics).requires_grad_(False)
-        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.policy_lr)
-        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr)
-        self.lambda_optimizer = torch.optim.Adam([self.log_lambda], lr=args.lambda_lr)
+        self.register_buffer("policy_steps", torch.tensor(0))
+        self.policy_optimizer = adam(self.policy.parameters(), args.policy_lr)
+        self.critic_optimizer = adam(self.critics.parameters(), args.q_lr)
+        self.lambda_optimizer = adam([self.log_lambda], args.lambda_lr)
         self.optimizers = [self.policy_optimizer, self.critic_optimizer, self.lambda_optimizer]
+        compiled = functools.partial(torch.compile, dynamic=False) if args.compile else lambda function: function
+        self.denoising_steps, self.min_q = compiled(denoising_steps), compiled(min_q)
 
     @property
     def temperature(self) -> Tensor:
@@ -424,27 +482,32 @@ class SDAC(nn.Module):
     def exploration_std(self) -> Tensor:
         return self.args.noise_scale * self.log_lambda.detach().exp()
 
-    @staticmethod
-    def min_q(critics: nn.ModuleList, observations: Tensor, actions: Tensor) -> Tensor:
-        """min(Q1, Q2), shapes as in `Critic`."""
-        return torch.minimum(*(critic(observations, actions) for critic in critics))
-
     @torch.no_grad()
     def denoise(self, policy: DiffusionPolicy, observations: Tensor, noise: ActionNoise) -> Tensor:
         """Denoise N particles for each of B states, from observations (B, o). Returns (B, N, d) in the box."""
         state, time = policy.state(observations)[:, None], policy.time(policy.sinusoids)
-        a_t = 0.5 * noise.start  # the official start N(0, 0.5^2); theory says N(0, 1)
-        for t in reversed(range(self.args.diffusion_steps)):
-            predicted_eps = policy.trunk(state + policy.action(a_t) + time[t])
-            a_t = denoising_step(self.schedule, a_t, predicted_eps, t, noise.steps[t])
-        return a_t
+        particles = []
+        for rows in chunks(len(state), self.args.num_particles, state.device):
+            a_t = 0.5 * noise.start[rows]  # the official start N(0, 0.5^2); theory says N(0, 1)
+            for end in range(self.args.diffusion_steps, 0, -5):  # five at once: fewer calls, little to compile
+                t = slice(max(end - 5, 0), end)
+                coefficients, eps = self.schedule.denoising[t], noise.steps[t, rows]
+                a_t = self.denoising_steps(policy, state[rows], time[t], coefficients, a_t, eps)
+            particles.append(a_t)
+        return torch.cat(particles)
+
+    @torch.no_grad()
+    def evaluate_actions(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """min(Q1, Q2) of the online critics, (B, K), for observations (B, o) and K actions each, (B, K, d)."""
+        rows = chunks(len(actions), actions.shape[1], actions.device)
+        return torch.cat([self.min_q(self.critics, observations[i], actions[i]) for i in rows])
 
     @torch.no_grad()
     def sample_action(self, policy: DiffusionPolicy, observations: Tensor, noise: ActionNoise) -> Tensor:
         """Best-of-N, the paper's efficient behaviour policy: of N particles per state keep the one with the
         largest min(Q1, Q2), add exploration noise N(0, (noise_scale lambda)^2 I), clip. Returns (B, d)."""
         particles = self.denoise(policy, observations, noise)
-        best = self.min_q(self.critics, observations, particles).argmax(dim=1)
+        best = self.evaluate_actions(observations, particles).argmax(dim=1)
         actions = particles[torch.arange(len(best), device=best.device), best]
         return (actions + self.exploration_std * noise.exploration).clamp(-1, 1)
 
@@ -482,10 +545,14 @@ class SDAC(nn.Module):
             if self.args.bounded_reverse_sampling:
                 eps = bounded_noise(self.schedule, a_t, noise.t, eps)
             samples = reverse_sample(self.schedule, a_t, noise.t, eps).clamp(-1, 1)
-            q = self.min_q(self.critics, batch.observations, samples)
+            q = self.evaluate_actions(batch.observations, samples)
             weights, target = rssm_target(q, self.temperature, eps)
         loss = F.mse_loss(self.policy(batch.observations, a_t, noise.t), target)
         return loss, 1 / weights.square().sum(1).mean()
+
+    def parts(self, step: int) -> tuple[bool, bool]:
+        """Whether this update, counted from 0, trains the policy, and whether it adapts lambda."""
+        return step % self.args.policy_frequency == 0, step % self.args.lambda_frequency == 0
 
     def update(self, batch: Batch, step: int, noise: UpdateNoise | None = None) -> dict[str, Tensor]:
         """One iteration of the paper's algorithm; `step` counts updates from 0. Returns what to log.
@@ -493,13 +560,13 @@ class SDAC(nn.Module):
         As in the official code, both losses see all networks as they were before this update, and the moving
         averages see them as they are after it.
         """
-        args, train_policy = self.args, step % self.args.policy_frequency == 0
+        args, (train_policy, adapt_lambda) = self.args, self.parts(step)
         noise = noise or self.draw_update_noise(len(batch.rewards), train_policy, batch.rewards.device)
 
         # Critics: regress on r + gamma Q(s', a'), a' from the policy
         next_actions = self.sample_action(self.policy, batch.next_observations, noise.next_action)
         with torch.no_grad():
-            next_q = self.min_q(self.ema_critics, batch.next_observations, next_actions)
+            next_q = min_q(self.ema_critics, batch.next_observations, next_actions)
             if args.soft_critic:
                 log_prob = exploration_log_prob(noise.next_action.exploration, self.exploration_std)
                 next_q = next_q - self.temperature * log_prob
@@ -512,12 +579,12 @@ class SDAC(nn.Module):
         if train_policy:
             policy_loss, metrics["effective_sample_size"] = self.rssm_loss(batch, noise)
             metrics["actor_loss"] = policy_loss
-            self.set_policy_lr(step // args.policy_frequency)
+            self.policy_optimizer.param_groups[0]["lr"] = self.decayed_policy_lr()
             minimise(policy_loss, self.policy_optimizer)
         minimise(q1_loss + q2_loss, self.critic_optimizer)
 
         # Lambda: scale of the exploration noise, and through it the temperature
-        if step % args.lambda_frequency == 0:
+        if adapt_lambda:
             target_entropy = args.target_entropy_scale * self.action_dim
             loss = lambda_loss(self.log_lambda, args.noise_scale, self.action_dim, target_entropy)
             minimise(loss, self.lambda_optimizer)
@@ -529,12 +596,17 @@ class SDAC(nn.Module):
             move_average(self.ema_critics, self.critics, args.tau)
         return {name: value.detach() for name, value in metrics.items()}
 
-    def set_policy_lr(self, policy_step: int) -> None:
-        """Linear decay over the policy's own steps, a function of the step alone, so that resuming needs no state."""
+    def decayed_policy_lr(self) -> Tensor:
+        """Linear decay over the policy's own steps, which it counts."""
         begin, end = self.args.policy_lr_decay_begin, self.args.policy_lr_decay_end
-        progress = min(max((policy_step - begin) / max(end - begin, 1), 0.0), 1.0)
-        lr = self.args.policy_lr + progress * (self.args.policy_lr_end - self.args.policy_lr)
-        self.policy_optimizer.param_groups[0]["lr"] = lr
+        progress = ((self.policy_steps - begin) / max(end - begin, 1)).clamp(0, 1)
+        self.policy_steps += 1
+        return self.args.policy_lr + progress * (self.args.policy_lr_end - self.args.policy_lr)
+
+
+def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
+    """Adam in one kernel, which a CUDA graph may capture."""
+    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=True)
 
 
 def minimise(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -547,8 +619,7 @@ def minimise(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
 @torch.no_grad()
 def move_average(average: nn.Module, online: nn.Module, tau: float) -> None:
     """average <- (1-tau) average + tau online, parameter by parameter."""
-    for slow, fast in zip(average.parameters(), online.parameters()):
-        slow.lerp_(fast, tau)
+    torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), tau)
 
 
 # ==== HARNESS: the same text in sac.py, td3.py, qsm.py and sdac.py =================================
@@ -557,8 +628,8 @@ def move_average(average: nn.Module, online: nn.Module, tau: float) -> None:
 SIGNALS: list[int] = []  # SIGINT and SIGTERM received; training stops at the next step
 # Arguments that may differ from those of the run that is resumed or evaluated.
 CHANGEABLE = {
-    "resume", "evaluate", "device", "total_timesteps", "eval_episodes", "track", "wandb_project_name", "wandb_entity",
-    "capture_video",
+    "resume", "evaluate", "device", "compile", "total_timesteps", "eval_episodes", "track", "wandb_project_name",
+    "wandb_entity", "capture_video",
 }  # fmt: skip
 
 
@@ -600,7 +671,7 @@ class ReplayBuffer:
     def sample(self, batch_size: int, device: torch.device) -> Batch:
         """Uniform with replacement."""
         rows = torch.randint(len(self), (batch_size,))
-        return Batch(*(column[rows].to(device) for column in self.columns))
+        return Batch(*(column.index_select(0, rows).to(device) for column in self.columns))
 
     def state_dict(self) -> dict:
         # Through numpy, a slice gets a storage of its own length, so that only filled rows are written.
@@ -782,7 +853,49 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def evaluate(agent: nn.Module, args: Args, device: torch.device, video_folder: Path, name: str) -> np.ndarray | None:
+class CUDAGraphs:
+    """A function replayed on the GPU as CUDA graphs: one launch instead of thousands, and nothing waits for its end.
+
+    Its first argument is a tensor or a `Batch`, copied into the graph's own; `parts` of the second tells which kernels
+    run, and each value has its graph. The first three calls run as they are, so that compilers and optimizers settle,
+    the fourth is captured. Results are overwritten by the next call.
+    """
+
+    def __init__(self, function: Callable, parts: Callable):
+        self.function, self.parts, self.calls, self.graphs = function, parts, Counter(), {}
+        self.stream = torch.cuda.Stream()  # autograd wants capture on the stream of the calls before it
+
+    def __call__(self, inputs: Tensor | Batch, argument: bool | int) -> Tensor | dict[str, Tensor]:
+        kind = self.parts(argument)
+        self.calls[kind] += 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if self.calls[kind] == 4:
+                own, graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=self.stream):
+                    result = self.function(own, argument)
+                self.graphs[kind] = graph, own, result
+            if kind in self.graphs:
+                graph, own, result = self.graphs[kind]
+                tree_map(Tensor.copy_, own, inputs)
+                graph.replay()
+            else:
+                result = self.function(inputs, argument)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+
+def compiler_works(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs: a C++ compiler for the CPU, Triton for CUDA."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:
+        print(f"running without torch.compile, which fails here: {one_line(error)}", flush=True)
+        return False
+    return True
+
+
+def evaluate(act: Callable, args: Args, device: torch.device, video_folder: Path, name: str) -> np.ndarray | None:
     """Returns of `--eval-episodes` episodes, (episodes,), without exploration noise; None if a signal came between.
 
     The environments are new ones on seeds of their own, and the random streams are put back afterwards: how
@@ -798,7 +911,7 @@ def evaluate(agent: nn.Module, args: Args, device: torch.device, video_folder: P
     try:
         observations, _ = envs.reset(seed=seed)
         while not finished.all() and not SIGNALS:
-            actions = agent.act(torch.as_tensor(observations, device=device), explore=False).cpu().numpy()
+            actions = act(torch.as_tensor(observations, device=device), False).cpu().numpy()
             observations, _, _, _, infos = envs.step(actions.reshape(envs.action_space.shape))
             if "episode" in infos:
                 ended = infos["_episode"] & ~finished
@@ -822,6 +935,10 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, action_dim = sizes(envs)
     agent = agent_class(obs_dim, action_dim, args).to(device)
+    act, act_evaluated, update = agent.act, agent.act, agent.update
+    if args.compile and device.type == "cuda":
+        act, act_evaluated = (CUDAGraphs(agent.act, parts=lambda explore: explore) for _ in range(2))
+        update = CUDAGraphs(agent.update, agent.parts)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
     step, updates, seconds, evaluations = 0, 0, 0.0, []
     if checkpoint:
@@ -891,7 +1008,7 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
             if step // args.eval_frequency > evaluated_step // args.eval_frequency or (done and step > evaluated_step):
                 check_metrics()
                 with saving_first():
-                    returns = evaluate(agent, args, device, folder / "videos", f"step-{step}")
+                    returns = evaluate(act_evaluated, args, device, folder / "videos", f"step-{step}")
                 if returns is not None:
                     check_finite(step, evaluation=returns)
                     last_evaluation = float(returns.mean())
@@ -911,8 +1028,19 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
             if step < args.learning_starts:
                 actions = 2 * torch.rand(args.num_envs, action_dim) - 1
             else:
-                actions = agent.act(torch.as_tensor(observations, device=device), explore=True).cpu()
+                actions = act(torch.as_tensor(observations, device=device), True).cpu()
             actions = actions.numpy()
+
+            # Learn, before the environments step, so that they step while a GPU learns
+            for _ in range(args.updates_per_step if step >= args.learning_starts and len(buffer) else 0):
+                metrics |= update(buffer.sample(args.batch_size, device), updates)
+                updates += 1
+                if updates % 100 == 0:
+                    for name, value in check_metrics().items():
+                        writer.add_scalar(f"losses/{name}", value, step)
+                    writer.add_scalar("charts/SPS", int((step - first_step) / (time.time() - start - seconds)), step)
+
+            # Step
             with saving_first():
                 transition = envs.step(actions.reshape(envs.action_space.shape))
             next_observations, rewards, terminations, truncations, infos = transition
@@ -925,18 +1053,6 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
             buffer.add(observations, actions, true_next_observations, rewards, terminations)
             observations = next_observations
             step += args.num_envs
-
-            # Learn
-            if step >= args.learning_starts:
-                for _ in range(args.updates_per_step):
-                    metrics |= agent.update(buffer.sample(args.batch_size, device), updates)
-                    updates += 1
-                    if updates % 100 == 0:
-                        for name, value in check_metrics().items():
-                            writer.add_scalar(f"losses/{name}", value, step)
-                        writer.add_scalar(
-                            "charts/SPS", int((step - first_step) / (time.time() - start - seconds)), step
-                        )
 
             # Report
             for i in np.flatnonzero(infos.get("_episode", ())):
@@ -984,13 +1100,15 @@ def run(agent_class: type) -> None:
         if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
             raise Failure("--track: not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if args.compile and not compiler_works(device):
+        args = dataclasses.replace(args, compile=False)
 
     if args.evaluate:
         envs = make_envs(args.env_id, 1)
         agent = agent_class(*sizes(envs), args).to(device)
         envs.close()
         agent.load_state_dict(checkpoint["agent"])
-        returns = evaluate(agent, args, device, Path(source) / "videos", "evaluate")
+        returns = evaluate(agent.act, args, device, Path(source) / "videos", "evaluate")
         for i, value in enumerate(returns):
             print(f"episode {i}: return {value:.2f}")
         print(f"mean {returns.mean():.2f}, standard deviation {returns.std():.2f} over {len(returns)} episodes")

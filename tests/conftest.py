@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ["TORCH_COMPILE_DISABLE"] = "1"  # most tests are about something else; test_compile.py turns it on
+
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
 for folder in (ROOT, TESTS):

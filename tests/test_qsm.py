@@ -5,31 +5,21 @@ import math
 
 import numpy as np
 import pytest
+import pairs
 import reference
 import torch
-from test_sac_td3 import assert_same, float64, layers, random_batch, scatter  # noqa: F401
+from pairs import random_batch, scatter
+from test_sac_td3 import float64  # noqa: F401
 
 import qsm
 
 T = 5
 
 
-def layer(*linears):
-    return torch.cat([part.weight for part in linears], dim=1).detach().clone(), linears[0].bias.detach().clone()
-
-
-def policy_layers(policy):
-    weight = torch.cat([policy.action.weight, policy.state.weight, policy.time[3].weight], dim=1).detach().clone()
-    first = (weight, policy.state.bias.detach().clone())
-    condition = [layer(policy.time[0]), layer(policy.time[2])]
-    return policy.frequencies.detach().clone(), condition, [first, layer(policy.trunk[1]), layer(policy.trunk[3])]
-
-
 def pair(**changes):
     agent = qsm.QSM(4, 2, qsm.Args(**{"hidden_size": 16, "tau": 0.1, **changes}))
     scatter(agent.target_critics)
-    critics = [[layers(c) for c in group] for group in (agent.critics, agent.target_critics)]
-    return agent, reference.QSMReference(policy_layers(agent.policy), *critics, agent.args)
+    return agent, pairs.oracle(agent)
 
 
 def test_schedule_in_closed_form():
@@ -39,8 +29,10 @@ def test_schedule_in_closed_form():
     np.testing.assert_allclose(schedule.signal.numpy(), np.exp(log_abar / 2).astype(float), rtol=1e-13)
     np.testing.assert_allclose(schedule.noise.numpy(), np.sqrt(-np.expm1(log_abar)).astype(float), rtol=1e-13)
     alphas = np.array(reference.qsm_alphas(T))
-    np.testing.assert_allclose(schedule.grow.numpy(), alphas**-0.5, rtol=1e-13)
-    np.testing.assert_allclose(schedule.std.numpy(), np.sqrt(1 - alphas) * (t > 1), rtol=1e-12)
+    shrink, grow, std = schedule.denoising.T.numpy()
+    np.testing.assert_allclose(shrink, ((1 - alphas) / np.sqrt(-np.expm1(log_abar))).astype(float), rtol=1e-12)
+    np.testing.assert_allclose(grow, alphas**-0.5, rtol=1e-13)
+    np.testing.assert_allclose(std, np.sqrt(1 - alphas) * (t > 1), rtol=1e-12)
 
 
 @pytest.mark.parametrize("t", range(T))
@@ -51,7 +43,7 @@ def test_denoising_step_is_ho_et_al(t):
     a_t, eps, z = 0.3 * torch.randn(50, 3), torch.randn(50, 3), torch.randn(50, 3)
     expected = (a_t - (1 - alphas[t]) / math.sqrt(1 - abar) * eps) / math.sqrt(alphas[t])
     expected = (expected + (math.sqrt(1 - alphas[t]) * z if t > 0 else 0)).clamp(-1, 1)
-    result = qsm.denoising_step(qsm.Schedule(T), a_t, eps, t, z)
+    result = qsm.denoising_step(qsm.Schedule(T).denoising[t], a_t, eps, z)
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
     if t > 0:
         assert ((result.abs() < 1).float().mean() > 0.2) and (result.abs() == 1).any()
@@ -73,7 +65,7 @@ def sampled_with(sign, mu):
     a_t = torch.randn(4000, 2)
     for t in reversed(range(T)):
         target = sign * qsm.qsm_target(critics, torch.zeros(4000, 1), a_t, 3.0)
-        a_t = qsm.denoising_step(schedule, a_t, target, t, torch.randn(4000, 2))
+        a_t = qsm.denoising_step(schedule.denoising[t], a_t, target, torch.randn(4000, 2))
     return a_t
 
 
@@ -114,13 +106,7 @@ def test_updates_equal_the_oracle(changes):
         batch, noise = random_batch(qsm), agent.draw_update_noise(7, torch.device("cpu"))
         agent.update(batch, step, noise)
         oracle.update(batch, step, noise)
-        assert_same(
-            [
-                (policy_layers(agent.policy), oracle.policy),
-                ([layers(c) for c in agent.critics], oracle.critics),
-                ([layers(c) for c in agent.target_critics], oracle.target_critics),
-            ]
-        )
+        pairs.assert_same(agent, oracle)
     for name, value in agent.state_dict().items():
         assert not torch.equal(value, before[name]), f"{name} never moved"
 

@@ -4,8 +4,10 @@ import copy
 import math
 
 import pytest
+import pairs
 import reference
 import torch
+from pairs import random_batch, scatter
 
 import sac
 import td3
@@ -17,35 +19,6 @@ def float64():
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def random_batch(module, size=7, obs_dim=4, action_dim=2):
-    return module.Batch(
-        torch.randn(size, obs_dim),
-        2 * torch.rand(size, action_dim) - 1,
-        torch.randn(size, obs_dim),
-        torch.randn(size),
-        (torch.rand(size) < 0.4).to(torch.get_default_dtype()),
-    )
-
-
-def layers(network):
-    """(weight, bias) pairs of a script's network."""
-    return [(m.weight.detach().clone(), m.bias.detach().clone()) for m in network.net if isinstance(m, torch.nn.Linear)]
-
-
-def assert_same(pairs):
-    for mine, theirs in pairs:
-        for a, b in zip(reference.flat(mine), reference.flat(theirs), strict=True):
-            torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-12)
-
-
-def scatter(*modules):
-    """Move parameters a little, so that targets differ from online networks."""
-    with torch.no_grad():
-        for module in modules:
-            for p in module.parameters():
-                p += 0.1 * torch.randn_like(p)
 
 
 # SAC
@@ -91,14 +64,7 @@ def sac_pair(**changes):
     scatter(agent.target_critics)
     with torch.no_grad():
         agent.log_alpha.fill_(-0.7)
-    oracle = reference.SACReference(
-        layers(agent.policy),
-        [layers(c) for c in agent.critics],
-        [layers(c) for c in agent.target_critics],
-        agent.log_alpha.detach().clone(),
-        agent.args,
-    )
-    return agent, oracle
+    return agent, pairs.oracle(agent)
 
 
 def test_sac_updates_equal_the_oracle():
@@ -108,14 +74,7 @@ def test_sac_updates_equal_the_oracle():
         batch, noise = random_batch(sac), agent.draw_update_noise(7, torch.device("cpu"))
         agent.update(batch, step, noise)
         oracle.update(batch, step, noise)
-        assert_same(
-            [
-                (layers(agent.policy), oracle.policy),
-                ([layers(c) for c in agent.critics], oracle.critics),
-                ([layers(c) for c in agent.target_critics], oracle.target_critics),
-                (agent.log_alpha.detach(), oracle.log_alpha),
-            ]
-        )
+        pairs.assert_same(agent, oracle)
     for name, value in agent.state_dict().items():
         assert not torch.equal(value, before[name]), f"{name} never moved"
 
@@ -163,14 +122,7 @@ def test_sac_acts_with_the_mean_without_exploration():
 def td3_pair(**changes):
     agent = td3.TD3(4, 2, td3.Args(hidden_size=16, tau=0.1, **changes))
     scatter(agent.target_critics, agent.target_policy)
-    oracle = reference.TD3Reference(
-        layers(agent.policy),
-        [layers(c) for c in agent.critics],
-        layers(agent.target_policy),
-        [layers(c) for c in agent.target_critics],
-        agent.args,
-    )
-    return agent, oracle
+    return agent, pairs.oracle(agent)
 
 
 @pytest.mark.parametrize("changes", [{}, {"policy_frequency": 3, "policy_noise": 2.0}], ids=str)
@@ -182,14 +134,7 @@ def test_td3_updates_equal_the_oracle(changes):
         batch, noise = random_batch(td3), agent.draw_update_noise(7, torch.device("cpu"))
         agent.update(batch, step, noise)
         oracle.update(batch, step, noise)
-        assert_same(
-            [
-                (layers(agent.policy), oracle.policy),
-                ([layers(c) for c in agent.critics], oracle.critics),
-                (layers(agent.target_policy), oracle.target_policy),
-                ([layers(c) for c in agent.target_critics], oracle.target_critics),
-            ]
-        )
+        pairs.assert_same(agent, oracle)
         moved = any(not torch.equal(v, policy_before[k]) for k, v in agent.policy.state_dict().items())
         assert moved == (step % agent.args.policy_frequency == 0)
     for name, value in agent.state_dict().items():

@@ -5,8 +5,10 @@ import math
 
 import numpy as np
 import pytest
+import pairs
 import reference
 import torch
+from pairs import random_batch, scatter
 
 import sdac
 
@@ -29,16 +31,6 @@ def schedule():
 def small_args(**changes):
     sizes = dict(hidden_size=16, num_particles=3, num_reverse_samples=5, diffusion_steps=6)
     return sdac.Args(**{**sizes, **changes})
-
-
-def random_batch(size=7, obs_dim=4, action_dim=2):
-    return sdac.Batch(
-        torch.randn(size, obs_dim),
-        2 * torch.rand(size, action_dim) - 1,
-        torch.randn(size, obs_dim),
-        torch.randn(size),
-        (torch.rand(size) < 0.4).to(torch.get_default_dtype()),
-    )
 
 
 # Schedule and sampler
@@ -75,7 +67,7 @@ def test_denoising_step_is_the_textbook_posterior(schedule, t):
     a_t, eps, noise = torch.randn(50, 3), torch.randn(50, 3), torch.randn(50, 3)
     a_0 = ((a_t - math.sqrt(1 - diffusion.abar[t]) * eps) / math.sqrt(diffusion.abar[t])).clamp(-1, 1)
     mean, std = diffusion.posterior(a_t, a_0, t)
-    result = sdac.denoising_step(schedule, a_t, eps, t, noise)
+    result = sdac.denoising_step(schedule.denoising[t], a_t, eps, noise)
     torch.testing.assert_close(result, mean + std * noise, rtol=1e-9, atol=1e-9)
     if t == 0:
         torch.testing.assert_close(result, a_0, rtol=1e-9, atol=1e-9)  # the last step adds no noise
@@ -250,7 +242,7 @@ def test_weights_are_a_softmax_and_sum_the_noise():
 
 def test_collapsed_loss_has_the_gradient_of_the_m_pass_loss():
     agent = sdac.SDAC(4, 2, small_args())
-    batch = random_batch()
+    batch = random_batch(sdac)
     noise = agent.draw_update_noise(7, True, torch.device("cpu"))
     loss, _ = agent.rssm_loss(batch, noise)
     collapsed = torch.autograd.grad(loss, list(agent.policy.parameters()))
@@ -259,7 +251,7 @@ def test_collapsed_loss_has_the_gradient_of_the_m_pass_loss():
         a_0 = agent.sample_action(agent.policy, batch.observations, noise.proposal)
         a_t = sdac.forward_sample(agent.schedule, a_0, noise.t, noise.forward)
         samples = sdac.reverse_sample(agent.schedule, a_t, noise.t, noise.reverse).clamp(-1, 1)
-        q = torch.stack([agent.min_q(agent.critics, batch.observations, samples[:, k]) for k in range(5)], 1)
+        q = torch.stack([sdac.min_q(agent.critics, batch.observations, samples[:, k]) for k in range(5)], 1)
         weights = torch.softmax(q / agent.temperature, 1)
     loss = sum(
         (weights[:, k, None] * (agent.policy(batch.observations, a_t, noise.t) - noise.reverse[:, k]) ** 2).sum()
@@ -273,36 +265,17 @@ def test_collapsed_loss_has_the_gradient_of_the_m_pass_loss():
 # Networks against the oracle's concatenated ones
 
 
-def layer(*linears):
-    """(weight, bias) of one layer whose input is split over several nn.Linear."""
-    weight = torch.cat([part.weight for part in linears], dim=1)
-    return weight.detach().clone(), linears[0].bias.detach().clone()
-
-
-def trunk_layers(trunk):
-    return [layer(trunk[i]) for i in (1, 3, 5)]
-
-
-def critic_layers(critic):
-    return [layer(critic.state, critic.action), *trunk_layers(critic.trunk)]
-
-
-def policy_layers(policy):
-    time = [layer(policy.time[0]), layer(policy.time[2])]
-    return time, [layer(policy.state, policy.action, policy.time[3]), *trunk_layers(policy.trunk)]
-
-
 def test_split_first_layers_equal_concatenated_ones():
-    agent, batch, t = sdac.SDAC(4, 2, small_args()), random_batch(), torch.tensor([0, 1, 2, 3, 4, 5, 2])
-    expected = reference.sdac_q(critic_layers(agent.critics[0]), batch.observations, batch.actions)
+    agent, batch, t = sdac.SDAC(4, 2, small_args()), random_batch(sdac), torch.tensor([0, 1, 2, 3, 4, 5, 2])
+    expected = reference.sdac_q(pairs.sdac_critic(agent.critics[0]), batch.observations, batch.actions)
     torch.testing.assert_close(agent.critics[0](batch.observations, batch.actions), expected, rtol=1e-9, atol=1e-12)
     a_t = torch.randn(7, 2)
-    expected = reference.sdac_noise_prediction(policy_layers(agent.policy), batch.observations, a_t, t.double())
+    expected = reference.sdac_noise_prediction(pairs.sdac_policy(agent.policy), batch.observations, a_t, t.double())
     torch.testing.assert_close(agent.policy(batch.observations, a_t, t), expected, rtol=1e-9, atol=1e-12)
     actions = torch.randn(7, 5, 2)
     wide = agent.critics[1](batch.observations, actions)
     for k in range(5):
-        expected = reference.sdac_q(critic_layers(agent.critics[1]), batch.observations, actions[:, k])
+        expected = reference.sdac_q(pairs.sdac_critic(agent.critics[1]), batch.observations, actions[:, k])
         torch.testing.assert_close(wide[:, k], expected, rtol=1e-9, atol=1e-12)
 
 
@@ -334,32 +307,14 @@ def test_initial_weights():
 def test_updates_equal_the_oracle(changes):
     """Six updates, on and off the delays of policy (2) and lambda (here 3), from equal weights and noise."""
     agent = sdac.SDAC(4, 2, small_args(**{"lambda_frequency": 3, "tau": 0.1, **changes}))
-    with torch.no_grad():  # moving averages that differ from the online networks
-        for p in [*agent.ema_policy.parameters(), *agent.ema_critics.parameters()]:
-            p += 0.1 * torch.randn_like(p)
-    oracle = reference.SDACReference(
-        policy_layers(agent.policy),
-        [critic_layers(c) for c in agent.critics],
-        policy_layers(agent.ema_policy),
-        [critic_layers(c) for c in agent.ema_critics],
-        agent.log_lambda.detach().clone(),
-        agent.args,
-    )
+    scatter(agent.ema_policy, agent.ema_critics)
+    oracle = pairs.oracle(agent)
     before = copy.deepcopy(agent.state_dict())
     for step in range(6):
-        batch, noise = random_batch(), agent.draw_update_noise(7, step % 2 == 0, torch.device("cpu"))
+        batch, noise = random_batch(sdac), agent.draw_update_noise(7, step % 2 == 0, torch.device("cpu"))
         agent.update(batch, step, noise)
         oracle.update(batch, step, noise)
-        pairs = [
-            (policy_layers(agent.policy), oracle.policy),
-            ([critic_layers(c) for c in agent.critics], oracle.critics),
-            (policy_layers(agent.ema_policy), oracle.ema_policy),
-            ([critic_layers(c) for c in agent.ema_critics], oracle.ema_critics),
-            (agent.log_lambda.detach(), oracle.log_lambda.detach()),
-        ]
-        for mine, theirs in pairs:
-            for a, b in zip(reference.flat(mine), reference.flat(theirs), strict=True):
-                torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-11)
+        pairs.assert_same(agent, oracle)
     for name, value in agent.state_dict().items():
         assert not torch.equal(value, before[name]), f"{name} never moved"
 
@@ -367,17 +322,8 @@ def test_updates_equal_the_oracle(changes):
 @pytest.mark.parametrize("explore", [True, False])
 def test_acting_equals_the_oracle_with_the_moving_average_policy(explore):
     agent = sdac.SDAC(4, 2, small_args())
-    with torch.no_grad():
-        for p in [*agent.ema_policy.parameters(), *agent.ema_critics.parameters()]:
-            p += 0.1 * torch.randn_like(p)
-    oracle = reference.SDACReference(
-        policy_layers(agent.policy),
-        [critic_layers(c) for c in agent.critics],
-        policy_layers(agent.ema_policy),
-        [critic_layers(c) for c in agent.ema_critics],
-        agent.log_lambda.detach().clone(),
-        agent.args,
-    )
+    scatter(agent.ema_policy, agent.ema_critics)
+    oracle = pairs.oracle(agent)
     observations = torch.randn(9, 4)
     torch.manual_seed(5)
     noise = agent.draw_action_noise(9, torch.device("cpu"))
@@ -429,7 +375,7 @@ def test_exploration_log_prob():
 
 
 def test_the_policy_loss_reaches_only_the_policy():
-    agent, batch = sdac.SDAC(4, 2, small_args()), random_batch()
+    agent, batch = sdac.SDAC(4, 2, small_args()), random_batch(sdac)
     agent.rssm_loss(batch, agent.draw_update_noise(7, True, torch.device("cpu")))[0].backward()
     assert all(p.grad is None for p in [*agent.critics.parameters(), *agent.ema_policy.parameters(), agent.log_lambda])
     assert all(p.grad is not None for p in agent.policy.parameters())
@@ -438,5 +384,6 @@ def test_the_policy_loss_reaches_only_the_policy():
 def test_learning_rate_falls_linearly_over_the_policys_own_steps():
     agent = sdac.SDAC(4, 2, small_args())
     for policy_step, expected in [(0, 3e-4), (25_000, 3e-4), (50_000, 1.65e-4), (75_000, 3e-5), (10**6, 3e-5)]:
-        agent.set_policy_lr(policy_step)
-        assert agent.policy_optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+        agent.policy_steps.fill_(policy_step)
+        assert agent.decayed_policy_lr().item() == pytest.approx(expected)
+        assert agent.policy_steps == policy_step + 1

@@ -1,0 +1,92 @@
+"""The fast paths give the same numbers: torch.compile, chunks of states, groups of denoising steps."""
+
+import pairs
+import pytest
+import torch
+from pairs import random_batch, scatter
+
+import qsm
+import sdac
+
+# More particles and reverse samples than fit one chunk of 1024 rows, so that six states are cut into 2, 2, 2 and
+# 3, 3; six denoising steps go in groups of five and one.
+SDAC_SIZES = dict(hidden_size=16, num_particles=400, num_reverse_samples=300, diffusion_steps=6)
+
+
+@pytest.fixture(autouse=True)
+def compiler_on():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    with torch._dynamo.config.patch(disable=False):
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
+def agents(compile):
+    sdac_agent = sdac.SDAC(4, 2, sdac.Args(compile=compile, tau=0.1, lambda_frequency=3, **SDAC_SIZES))
+    scatter(sdac_agent.ema_policy, sdac_agent.ema_critics)
+    qsm_agent = qsm.QSM(4, 2, qsm.Args(compile=compile, tau=0.1, hidden_size=16, diffusion_steps=6))
+    scatter(qsm_agent.target_critics)
+    return {"sdac": (sdac, sdac_agent), "qsm": (qsm, qsm_agent)}
+
+
+@pytest.mark.parametrize(
+    "compile, dtype, rtol, atol",
+    [(False, torch.float64, 1e-9, 1e-11), (False, torch.float32, 1e-5, 1e-5), (True, torch.float64, 1e-9, 1e-11)],
+)
+@pytest.mark.parametrize("script", ["sdac", "qsm"])
+def test_fast_updates_equal_the_oracle(script, compile, dtype, rtol, atol):
+    torch.set_default_dtype(dtype)
+    module, agent = agents(compile)[script]
+    oracle = pairs.oracle(agent)
+    for step in range(3):
+        batch = random_batch(module, size=6)
+        delay = (step % 2 == 0,) if script == "sdac" else ()
+        noise = agent.draw_update_noise(6, *delay, torch.device("cpu"))
+        agent.update(batch, step, noise)
+        oracle.update(batch, step, noise)
+        pairs.assert_same(agent, oracle, rtol, atol)
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == compile
+
+
+def test_compiled_actions_equal_plain_ones():
+    (module, plain), (_, fast) = (agents(compile)["qsm"] for compile in (False, True))
+    fast.load_state_dict(plain.state_dict())
+    observations, actions = torch.randn(9, 4), []
+    for agent in (plain, fast):
+        torch.manual_seed(1)
+        actions.append(agent.act(observations, explore=True))
+    torch.testing.assert_close(*actions, rtol=1e-5, atol=1e-5)
+
+
+def test_mish_is_mish_and_stays_finite():
+    x = torch.cat([torch.linspace(-100, 100, 2001), torch.tensor([-1e30, 1e30, 3e38])])
+    for module in (sdac, qsm):
+        expected = torch.nn.functional.mish(x.double())
+        with torch.no_grad():
+            torch.testing.assert_close(module.Mish()(x).double(), expected, rtol=1e-6, atol=2e-6)
+            torch.testing.assert_close(module.Mish()(x.double()), expected, rtol=1e-14, atol=1e-14)
+        wild = torch.tensor([-1e4, -50.0, 0.0, 50.0, 1e4], requires_grad=True)
+        module.Mish()(wild).sum().backward()
+        assert torch.isfinite(wild.grad).all()
+
+
+def test_a_compiled_run(run, tmp_path):
+    options = "--env-id Hopper-v4 --num-envs 2 --total-timesteps 140 --learning-starts 100 --hidden-size 32"
+    options += " --num-particles 4 --num-reverse-samples 8 --diffusion-steps 5 --eval-frequency 140 --eval-episodes 2"
+    process = run("sdac", *options.split(), TORCH_COMPILE_DISABLE="0")
+    assert process.returncode == 0, process.stderr
+    assert "torch.compile" not in process.stdout + process.stderr and "Warning" not in process.stderr
+
+
+def test_without_a_compiler_one_line_says_so(run, tmp_path):
+    process = run(
+        "sac", *"--env-id Hopper-v4 --total-timesteps 30 --learning-starts 20 --eval-episodes 1".split(),
+        TORCH_COMPILE_DISABLE="0", CXX="/there/is/no/compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    (line,) = [line for line in process.stdout.splitlines() if "torch.compile" in line]
+    assert line.startswith("running without torch.compile")
+    plain = run("sac", *"--env-id Hopper-v4 --total-timesteps 5 --eval-episodes 1 --no-compile".split())
+    assert plain.returncode == 0 and "torch.compile" not in plain.stdout
