@@ -5,8 +5,8 @@ Ma, Chen, Wang, Li, Dai: "Efficient Online Reinforcement Learning for Diffusion 
 arXiv 2502.00361. The policy is a diffusion model whose score is trained by Reverse Sampling Score
 Matching (RSSM): it needs values of Q only, neither samples of the wanted policy nor gradients of Q.
 
-The wanted policy is pi(a|s) ∝ exp(Q(s,a)/tau), tau the temperature (lambda/lambda_0 in the code, where
-the argument `--tau` is the rate of the moving averages, as in CleanRL). Noising an action a_0 gives
+The wanted policy is pi(a|s) ∝ exp(Q(s,a)/tau), tau the temperature (`--temperature` in the code, where the
+argument `--tau` is the rate of the moving averages, as in CleanRL). Noising an action a_0 gives
 
     q_{t|0}(a_t|a_0) = N(a_t; sqrt(abar_t) a_0, (1-abar_t) I)            forward kernel             (1)
     p_t(a_t|s) = ∫ pi(a_0|s) q_{t|0}(a_t|a_0) da_0                       noised policy              (2)
@@ -182,6 +182,8 @@ class Args:
     """denoising steps T"""
     num_particles: int = 32
     """N: actions denoised per state, of which the best by min(Q1, Q2) is kept; 1 switches best-of-N off"""
+    target_particles: int = 0
+    """the same for the actions in the critics' target; 0 means as many as --num-particles"""
     num_reverse_samples: int = 64
     """M: reverse samples per noised action"""
     proposal: Literal["policy", "replay"] = "policy"
@@ -190,10 +192,12 @@ class Args:
     """draw reverse samples inside the action box, instead of clipping them for Q"""
     soft_critic: bool = False
     """add the entropy of the exploration noise to the critic's target"""
+    temperature: float = 1.0
+    """temperature of the wanted policy at first; it changes in proportion to lambda"""
     noise_scale: float = 0.1
     """exploration noise has standard deviation noise_scale * lambda"""
     lambda_start: float = 5.0
-    """lambda_0; the temperature is lambda / lambda_0"""
+    """lambda_0"""
     lambda_lr: float = 7e-3
     """learning rate of log lambda"""
     lambda_frequency: int = 250
@@ -225,7 +229,9 @@ RANGES = {
     "hidden_size": (1, 10_000),
     "diffusion_steps": (2, 1000),
     "num_particles": (1, 10_000),
+    "target_particles": (0, 10_000),
     "num_reverse_samples": (1, 10_000),
+    "temperature": (1e-6, 1e6),
     "noise_scale": (1e-6, 10.0),
     "lambda_start": (1e-6, 1e6),
     "lambda_lr": (0.0, 1.0),
@@ -476,7 +482,7 @@ class SDAC(nn.Module):
 
     @property
     def temperature(self) -> Tensor:
-        return self.log_lambda.detach().exp() / self.args.lambda_start
+        return self.args.temperature * self.log_lambda.detach().exp() / self.args.lambda_start
 
     @property
     def exploration_std(self) -> Tensor:
@@ -487,7 +493,7 @@ class SDAC(nn.Module):
         """Denoise N particles for each of B states, from observations (B, o). Returns (B, N, d) in the box."""
         state, time = policy.state(observations)[:, None], policy.time(policy.sinusoids)
         particles = []
-        for rows in chunks(len(state), self.args.num_particles, state.device):
+        for rows in chunks(*noise.start.shape[:2], state.device):
             a_t = 0.5 * noise.start[rows]  # the official start N(0, 0.5^2); theory says N(0, 1)
             for end in range(self.args.diffusion_steps, 0, -5):  # five at once: fewer calls, little to compile
                 t = slice(max(end - 5, 0), end)
@@ -513,26 +519,27 @@ class SDAC(nn.Module):
 
     def act(self, observations: Tensor, explore: bool) -> Tensor:
         """Actions (B, d) of the moving-average policy for observations (B, o)."""
-        noise = self.draw_action_noise(len(observations), observations.device)
+        noise = self.draw_action_noise(len(observations), self.args.num_particles, observations.device)
         if not explore:
             noise = noise._replace(exploration=torch.zeros_like(noise.exploration))
         return self.sample_action(self.ema_policy, observations, noise)
 
-    def draw_action_noise(self, batch: int, device: torch.device) -> ActionNoise:
-        shape = (batch, self.args.num_particles, self.action_dim)
+    def draw_action_noise(self, batch: int, particles: int, device: torch.device) -> ActionNoise:
+        shape = (batch, particles, self.action_dim)
         steps = torch.randn(self.args.diffusion_steps, *shape, device=device)
         return ActionNoise(torch.randn(shape, device=device), steps, torch.randn(batch, self.action_dim, device=device))
 
     def draw_update_noise(self, batch: int, train_policy: bool, device: torch.device) -> UpdateNoise:
-        next_action = self.draw_action_noise(batch, device)
+        args = self.args
+        next_action = self.draw_action_noise(batch, args.target_particles or args.num_particles, device)
         if not train_policy:
             return UpdateNoise(next_action)
         return UpdateNoise(
             next_action,
-            self.draw_action_noise(batch, device) if self.args.proposal == "policy" else None,
-            torch.randint(self.args.diffusion_steps, (batch,), device=device),
+            self.draw_action_noise(batch, args.num_particles, device) if args.proposal == "policy" else None,
+            torch.randint(args.diffusion_steps, (batch,), device=device),
             torch.randn(batch, self.action_dim, device=device),
-            torch.randn(batch, self.args.num_reverse_samples, self.action_dim, device=device),
+            torch.randn(batch, args.num_reverse_samples, self.action_dim, device=device),
         )
 
     def rssm_loss(self, batch: Batch, noise: UpdateNoise) -> tuple[Tensor, Tensor]:

@@ -135,7 +135,7 @@ class SDACReference:
     @torch.no_grad()
     def sample_action(self, policy, observations, noise):
         """N particles per state, each denoised on its own row; the best by min(Q1, Q2); noise; clip."""
-        n, batch = self.args.num_particles, len(observations)
+        batch, n = noise.start.shape[:2]
         rows = observations.repeat_interleave(n, dim=0)
         a_t = 0.5 * noise.start.reshape(batch * n, -1)
         for t in range(self.diffusion.steps - 1, -1, -1):
@@ -162,14 +162,14 @@ class SDACReference:
                 eps = sdac_truncated(eps, wide(a_t / abar.sqrt()), wide((1 / abar - 1).sqrt()))
             samples = (wide(a_t / abar.sqrt()) - wide((1 / abar - 1).sqrt()) * eps).clamp(-1, 1)
             q = sdac_min_q(self.critics, wide(observations), samples).reshape(-1, m)
-            temperature = self.log_lambda.exp() / self.args.lambda_start
+            temperature = self.args.temperature * self.log_lambda.exp() / self.args.lambda_start
             weights = torch.exp(q / temperature - torch.logsumexp(q / temperature, dim=1, keepdim=True))
         predicted = sdac_noise_prediction(self.policy, wide(observations), wide(a_t), wide(noise.t.to(a_0.dtype)))
         return (weights.reshape(-1, 1) * (predicted - eps) ** 2).sum() / (len(a_0) * dim)
 
     def update(self, batch, step, noise):
         args = self.args
-        temperature = self.log_lambda.detach().exp() / args.lambda_start
+        temperature = args.temperature * self.log_lambda.detach().exp() / args.lambda_start
         std = args.noise_scale * self.log_lambda.detach().exp()
         with torch.no_grad():
             next_actions = self.sample_action(self.policy, batch.next_observations, noise.next_action)

@@ -297,6 +297,7 @@ def test_initial_weights():
     [
         {},
         {"num_particles": 1},
+        {"target_particles": 1, "temperature": 0.1},
         {"soft_critic": True},
         {"bounded_reverse_sampling": True},
         {"proposal": "replay"},
@@ -326,7 +327,7 @@ def test_acting_equals_the_oracle_with_the_moving_average_policy(explore):
     oracle = pairs.oracle(agent)
     observations = torch.randn(9, 4)
     torch.manual_seed(5)
-    noise = agent.draw_action_noise(9, torch.device("cpu"))
+    noise = agent.draw_action_noise(9, 3, torch.device("cpu"))
     torch.manual_seed(5)
     actions = agent.act(observations, explore)
     if not explore:
@@ -340,7 +341,7 @@ def test_acting_equals_the_oracle_with_the_moving_average_policy(explore):
 def test_best_of_n_keeps_the_particle_with_the_largest_min_q(num_particles):
     agent = sdac.SDAC(4, 2, small_args(num_particles=num_particles))
     observations = torch.randn(30, 4)
-    noise = agent.draw_action_noise(30, torch.device("cpu"))._replace(exploration=torch.zeros(30, 2))
+    noise = agent.draw_action_noise(30, num_particles, torch.device("cpu"))._replace(exploration=torch.zeros(30, 2))
     particles = agent.denoise(agent.policy, observations, noise)
     q = torch.stack(
         [torch.stack([c(observations, particles[:, n]) for c in agent.critics]).amin(0) for n in range(num_particles)]

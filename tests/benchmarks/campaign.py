@@ -1,0 +1,234 @@
+"""The results: tasks x scripts x seeds, their tables and pictures.
+
+    python tests/benchmarks/campaign.py quick --workers 2                   # run what is missing, then draw
+    python tests/benchmarks/campaign.py paper --scripts sdac --tasks Humanoid-v4 --seeds 1 2 --workers 4 -- --track
+    python tests/benchmarks/campaign.py quick --draw                        # only tables and pictures
+
+Starts the scripts as subprocesses, `--workers` at a time and one thread each. Finished runs are skipped and
+interrupted ones resumed, so the same command goes on after Ctrl-C or a crash. What follows `--` goes to the scripts.
+Run folders lie in campaign/PROFILE/runs of the current folder. From them, tests/results/PROFILE/ gets each run's
+evaluations (TASK/SCRIPT-SEED.csv), its arguments, versions and machine (.json), one picture per task, and table.md,
+which the README includes.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "tests" / "results"
+SCRIPTS = ["sdac", "qsm", "sac", "td3"]
+
+# Profiles: flags for every script, and what differs for one of them.
+PROFILES = {
+    # The protocol of the SDAC paper: five environments, 1,000,000 steps, so 194,000 updates after the random steps.
+    "paper": {
+        "tasks": [
+            "Humanoid-v4", "Ant-v4", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4",
+            "InvertedPendulum-v4", "InvertedDoublePendulum-v4", "Reacher-v4", "Swimmer-v4", "Pusher-v5",
+        ],
+        "seeds": [1, 2, 3, 4, 5],
+        "flags": "--num-envs 5 --updates-per-step 1 --total-timesteps 1000000 --learning-starts 30000"
+        " --eval-frequency 10000 --eval-episodes 20",
+        "script_flags": {},
+    },
+}  # fmt: skip
+
+
+def flags_of(profile, script):
+    return f"{PROFILES[profile]['flags']} {PROFILES[profile]['script_flags'].get(script, '')}".split()
+
+
+def value_of(flags, name):
+    """The last value of a flag in a list of them."""
+    return flags[len(flags) - flags[::-1].index(name)]
+
+
+def last_step(folder):
+    try:
+        with open(folder / "evaluations.csv") as file:
+            return int([0, *(row["step"] for row in csv.DictReader(file))][-1])
+    except OSError:
+        return 0
+
+
+def find(work, profile, script, task, seed):
+    """The newest run folder with these coordinates, or None."""
+    return max((work / "runs").glob(f"{task}__{profile}-{script}__{seed}__*"), default=None)
+
+
+def start(work, profile, script, task, seed, extra):
+    """The subprocess of a run that is not finished; None if it is."""
+    flags = [*flags_of(profile, script), *extra]
+    folder = find(work, profile, script, task, seed)
+    if folder and last_step(folder) >= int(value_of(flags, "--total-timesteps")):
+        return None
+    command = [sys.executable, str(ROOT / f"{script}.py")]
+    if folder and (folder / "checkpoint.pt").exists():
+        command += ["--resume", str(folder.relative_to(work))]
+    else:
+        command += ["--exp-name", f"{profile}-{script}", "--env-id", task, "--seed", str(seed), *flags]
+    with open(work / f"{task}-{script}-{seed}.log", "a") as log:
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        return subprocess.Popen(command, cwd=work, env=environment, stdout=log, stderr=log)
+
+
+def collect(work, profile, script, task, seed):
+    """Copy a run's evaluations and arguments to the results, with versions and the machine."""
+    folder = find(work, profile, script, task, seed)
+    if folder is None or last_step(folder) == 0:
+        return
+    target = RESULTS / profile / task
+    target.mkdir(parents=True, exist_ok=True)
+    (target / f"{script}-{seed}.csv").write_text((folder / "evaluations.csv").read_text())
+    packages = ("torch", "numpy", "gymnasium", "mujoco")
+    about = {
+        "args": json.loads((folder / "args.json").read_text()),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "machine": machine(),
+    }
+    (target / f"{script}-{seed}.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def machine():
+    """CPU, cores and GPU in words."""
+    model = platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), model)
+    import torch
+
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{model}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', '1')} thread(s) a run{gpu}"
+
+
+def run(profile, scripts, tasks, seeds, workers, extra, work):
+    """Run what is not finished, seed by seed so that an early end leaves whole comparisons."""
+    work.mkdir(parents=True, exist_ok=True)
+    waiting = [(script, task, seed) for seed in seeds for task in tasks for script in scripts]
+    running, failed = {}, []
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                coordinates = waiting.pop(0)
+                process = start(work, profile, *coordinates, extra)
+                if process is None:
+                    collect(work, profile, *coordinates)
+                else:
+                    running[process] = coordinates
+            for process in [process for process in running if process.poll() is not None]:
+                coordinates = running.pop(process)
+                print(*coordinates, "done" if process.returncode == 0 else f"status {process.returncode}", flush=True)
+                failed += [coordinates] if process.returncode else []
+                collect(work, profile, *coordinates)
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        for process in running:  # they save a checkpoint first
+            process.send_signal(signal.SIGTERM)
+        for process in running:
+            process.wait()
+        raise
+    return failed
+
+
+def load(profile):
+    """{task: {script: {seed: rows of floats}}} of the results."""
+    runs = defaultdict(lambda: defaultdict(dict))
+    for path in sorted((RESULTS / profile).glob("*/*.csv")):
+        script, seed = path.stem.rsplit("-", 1)
+        with open(path) as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        runs[path.parent.name][script][int(seed)] = rows
+    return runs
+
+
+def mean_and_std(values):
+    mean = sum(values) / len(values)
+    return mean, (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
+
+
+def table(profile):
+    """Markdown: last evaluation, mean and standard deviation over seeds, of every script on every task."""
+    runs = load(profile)
+    tasks = [task for task in PROFILES[profile]["tasks"] if task in runs]
+    lines = [f"| {' | '.join(['', *tasks])} |", "| --- |" + " --- |" * len(tasks)]
+    for script in SCRIPTS:
+        cells = []
+        for task in tasks:
+            last = [rows[-1]["mean"] for rows in runs[task].get(script, {}).values()]
+            mean, std = mean_and_std(last) if last else (0, 0)
+            cells.append(f"{mean:.5g} ± {std:.3g} ({len(last)})" if last else "")
+        lines.append(f"| `{script}.py` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(profile):
+    """One picture per task: mean and one standard deviation over seeds, against steps and against wall-clock."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = dict(zip(SCRIPTS, ("#d1495b", "#edae49", "#00798c", "#30638e")))
+    for task, scripts in load(profile).items():
+        figure, (by_steps, by_time) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+        for script in [script for script in SCRIPTS if script in scripts]:
+            seeds = list(scripts[script].values())
+            rows = [[rows[i] for rows in seeds] for i in range(min(map(len, seeds)))]
+            statistics = [mean_and_std([row["mean"] for row in same]) for same in rows]
+            means = [mean for mean, _ in statistics]
+            low, high = [mean - std for mean, std in statistics], [mean + std for mean, std in statistics]
+            label = f"{script.upper()} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
+            for axis, x in (
+                (by_steps, [same[0]["step"] / 1000 for same in rows]),
+                (by_time, [sum(row["seconds"] for row in same) / len(same) / 60 for same in rows]),
+            ):
+                axis.plot(x, means, color=colours[script], label=label)
+                axis.fill_between(x, low, high, color=colours[script], alpha=0.2, linewidth=0)
+        by_steps.set(xlabel="environment steps / 1000", ylabel="return of an evaluation")
+        by_time.set(xlabel="minutes since the start")
+        by_steps.legend(fontsize=8)
+        figure.suptitle(f"{task}: mean and standard deviation over seeds")
+        figure.savefig(RESULTS / profile / f"{task}.png", dpi=110)
+        plt.close(figure)
+    (RESULTS / profile / "table.md").write_text(table(profile))
+
+
+def parser():
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("profile", choices=PROFILES)
+    result.add_argument("--scripts", nargs="+", choices=SCRIPTS, help="default: all")
+    result.add_argument("--tasks", nargs="+", help="default: the profile's")
+    result.add_argument("--seeds", nargs="+", type=int, help="default: the profile's")
+    result.add_argument("--workers", type=int, default=1, help="runs at a time")
+    result.add_argument("--draw", action="store_true", help="run nothing")
+    return result
+
+
+def main():
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    options, extra = parser().parse_args(arguments[:split]), arguments[split + 1 :]
+    profile = PROFILES[options.profile]
+    failed = []
+    if not options.draw:
+        failed = run(
+            options.profile, options.scripts or profile.get("scripts", SCRIPTS), options.tasks or profile["tasks"],
+            options.seeds or profile["seeds"], options.workers, extra, Path("campaign").resolve() / options.profile,
+        )  # fmt: skip
+    draw(options.profile)
+    print(table(options.profile))
+    sys.exit(f"failed: {failed}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

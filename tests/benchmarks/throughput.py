@@ -1,0 +1,213 @@
+"""How fast the scripts are: one Markdown table, every ratio from interleaved measurements of this one run.
+
+    python tests/benchmarks/throughput.py                      # everything, about a quarter of an hour on two cores
+    python tests/benchmarks/throughput.py --scripts sac td3 --tasks Hopper-v4
+    python tests/benchmarks/throughput.py --device cuda
+
+Columns: updates per second of the script, of the script with --no-compile and of the paper-literal oracle of
+tests/reference.py in float32 (medians), the ratios of the first two to the oracle; steps per second of the whole
+training loop and the share of it spent outside `update`; seconds of the first update, with nothing compiled before;
+peak memory of a process that updates from a full buffer of 1,000,000 transitions. For SDAC also the arithmetic that an
+update needs, and the rate at which it gets done beside the rate of the same matrix products alone.
+
+Each script updates from random transitions of the task's sizes with its default arguments, and draws its own noise;
+the oracle is given noise, and always samples the policy twice, as the official code does. Run nothing else meanwhile.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+warnings.filterwarnings("ignore", module="gymnasium")
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+import pairs  # noqa: E402
+
+AGENTS = {"sdac": "SDAC", "qsm": "QSM", "sac": "SAC", "td3": "TD3"}
+SIZES = {"Hopper-v4": (11, 3), "Humanoid-v4": (376, 17)}  # dimensions of observations and actions
+
+
+def make(script, task, device, **changes):
+    """A script's module, its agent, and a batch."""
+    module = importlib.import_module(script)
+    torch.manual_seed(0)
+    agent = getattr(module, AGENTS[script])(*SIZES[task], module.Args(**changes)).to(device)
+    batch = pairs.random_batch(module, agent.args.batch_size, *SIZES[task])
+    return module, agent, module.Batch(*(column.to(device) for column in batch))
+
+
+def updater(module, agent, batch, device):
+    """A function of the number of the update, as the training loop calls it."""
+    update = agent.update
+    if device.type == "cuda" and agent.args.compile:
+        update = module.CUDAGraphs(agent.update, agent.parts)
+    return lambda step: update(batch, step)
+
+
+def oracle_updater(agent, batch, device):
+    oracle = pairs.oracle(agent)
+    delay = (True,) if hasattr(agent, "ema_policy") else ()
+    noise = agent.draw_update_noise(len(batch.rewards), *delay, device)
+    return lambda step: oracle.update(batch, step, noise)
+
+
+def seconds_per_update(functions, updates, rounds, device):
+    """Medians over rounds, in each of which every function runs `updates` consecutive updates, one after the other."""
+    times = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for step in range(1, updates[name] + 1):  # 0 would adapt lambda, which happens once in 250 updates
+                function(step)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) / updates[name])
+    return {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round warms up
+
+
+def loop(script, task, device, updates):
+    """Steps per second of the training loop, and the share of the time outside `update`."""
+    module = importlib.import_module(script)
+    marks = []
+
+    class Timed(getattr(module, AGENTS[script])):
+        def update(self, batch, step):
+            start = time.perf_counter()
+            result = super().update(batch, step)
+            marks.append((start, time.perf_counter()))
+            return result
+
+    Timed.__name__ = AGENTS[script]
+    envs = module.Args().num_envs
+    args = module.Args(
+        env_id=task, learning_starts=1000, total_timesteps=1000 + envs * updates, eval_frequency=10**9, eval_episodes=1
+    )
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        module.train(Timed, args, Path(folder), None, device)
+    marks = marks[updates // 4 :]  # the first ones compile
+    elapsed = marks[-1][0] - marks[0][0]
+    inside = sum(end - start for start, end in marks[:-1])
+    return envs * (len(marks) - 1) / elapsed, None if device.type == "cuda" else 1 - inside / elapsed
+
+
+def fresh_process(script, task, device, queue):
+    """Seconds of the first update, and peak memory after 20 updates from a full buffer."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        device = torch.device(device)
+        module, agent, batch = make(script, task, device)
+        start = time.perf_counter()
+        agent.update(batch, 0)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        first = time.perf_counter() - start
+        buffer = module.ReplayBuffer(agent.args.buffer_size, *SIZES[task])
+        for column in buffer.columns:
+            column.fill_(0.5)
+        buffer.added = buffer.size
+        for step in range(20):
+            agent.update(buffer.sample(agent.args.batch_size, device), step)
+        queue.put((first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9))
+
+
+def sdac_gflop(obs_dim, d, args):
+    """Arithmetic of one SDAC update after the exact savings of its docstring, averaged over the policy's delay."""
+    b, n, m, h, steps = args.batch_size, args.num_particles, args.num_reverse_samples, args.hidden_size, 20
+    policy, critic = 2 * (d * h + 2 * h * h + h * d), 2 * (d * h + 2 * h * h + h)  # per row, without the state's share
+    state = 2 * obs_dim * h  # per state
+    sampling = b * state + b * n * steps * policy + 2 * (b * state + b * n * critic)
+    critics = 2 * (b * (state + critic) + 3 * b * (state + critic))  # targets, and forward and backward
+    rssm = 2 * (b * state + b * m * critic) + 3 * b * (state + policy)
+    return (sampling + critics + (sampling + rssm) / args.policy_frequency) / 1e9
+
+
+def matrix_products(d, h, device):
+    """Functions that do nothing but products rows x h x h, and the four products of a denoising step in their
+    proportion; and the GFLOP of each of their calls."""
+    rows = 1024 if device.type == "cpu" else 8192
+    x, narrow, w, w_in, w_out = (torch.randn(s, device=device) for s in ((rows, h), (rows, d), (h, h), (d, h), (h, d)))
+    out, out_narrow = torch.empty(rows, h, device=device), torch.empty(rows, d, device=device)
+
+    def square(_):
+        torch.mm(x, w, out=out)
+
+    def step(_):
+        torch.mm(narrow, w_in, out=out)
+        torch.mm(x, w, out=out)
+        torch.mm(x, w, out=out)
+        torch.mm(x, w_out, out=out_narrow)
+
+    gflop = {"square": 2 * rows * h * h / 1e9, "step": 4 * rows * h * (h + d) / 1e9}
+    return {"square": square, "step": step}, gflop
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scripts", nargs="+", choices=AGENTS, default=list(AGENTS))
+    parser.add_argument("--tasks", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {device.type}: {name}\n")
+    print(
+        "| script | task | updates/s | plain | oracle | ratio | plain ratio | steps/s | outside | first s | peak GB |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    notes = []
+    for script in options.scripts:
+        for task in options.tasks:
+            queue = multiprocessing.get_context("spawn").Queue()
+            child = multiprocessing.get_context("spawn").Process(
+                target=fresh_process, args=(script, task, options.device, queue)
+            )
+            child.start()
+            first, memory = queue.get()
+            child.join()
+            module, fast, batch = make(script, task, device)
+            _, plain, _ = make(script, task, device, compile=False)
+            functions = {"fast": updater(module, fast, batch, device), "plain": updater(module, plain, batch, device)}
+            updates = dict.fromkeys(functions, 4 if script == "sdac" else 100)
+            if device.type == "cpu":  # the oracle is written for the CPU
+                functions["oracle"] = oracle_updater(plain, batch, device)
+                updates["oracle"] = 2 if script == "sdac" else 20
+            if script == "sdac":  # about an update's worth of matrix products in each round
+                products, gflop = matrix_products(SIZES[task][1], fast.args.hidden_size, device)
+                functions |= products
+                updates |= {"square": 600, "step": 300}
+            seconds = seconds_per_update(functions, updates, options.rounds, device)
+            oracle = seconds.get("oracle", float("nan"))
+            steps, outside = loop(script, task, device, 40 if script == "sdac" else 1000)
+            cells = [f"`{script}.py`", task]
+            cells += [f"{1 / seconds['fast']:.3g}", f"{1 / seconds['plain']:.3g}", f"{1 / oracle:.3g}"]
+            cells += [f"{oracle / seconds['fast']:.2f}", f"{oracle / seconds['plain']:.2f}", f"{steps:.3g}"]
+            cells += ["" if outside is None else f"{100 * outside:.0f} %", f"{first:.0f}", f"{memory:.1f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
+            if script == "sdac":
+                needed = sdac_gflop(*SIZES[task], fast.args)
+                rates = {name: gflop[name] / seconds[name] for name in gflop}
+                rate, h = needed / seconds["fast"], fast.args.hidden_size
+                notes.append(
+                    f"SDAC, {task}: {needed:.0f} GFLOP per update at {rate:.0f} GFLOP/s. In the same rounds the matrix "
+                    f"products of a denoising step alone ran at {rates['step']:.0f} ({rate / rates['step']:.0%}), "
+                    f"those of {h} x {h} weights at {rates['square']:.0f} ({rate / rates['square']:.0%})."
+                )
+    print("\n" + "\n".join(notes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The campaign: what it runs, skips and resumes, and that the README's tables are those that the files give."""
+
+import csv
+import importlib
+import json
+import sys
+
+import pytest
+from conftest import ROOT, TESTS
+
+sys.path.insert(0, str(TESTS / "benchmarks"))
+import campaign  # noqa: E402
+
+PROFILES_WITH_RESULTS = sorted({path.parent.parent.name for path in (TESTS / "results").glob("*/*/*.csv")})
+
+
+def arguments(script):
+    """Flags of a script: {name: value type}."""
+    module = importlib.import_module(script)
+    return {f"--{field.name.replace('_', '-')}" for field in module.dataclasses.fields(module.Args)}
+
+
+@pytest.mark.parametrize("profile", campaign.PROFILES)
+@pytest.mark.parametrize("script", campaign.SCRIPTS)
+def test_profiles_name_arguments_of_the_scripts(profile, script):
+    flags = campaign.flags_of(profile, script)
+    names = {flag.replace("--no-", "--") for flag in flags if flag.startswith("--")}
+    assert names <= arguments(script) and "--total-timesteps" in names
+
+
+def sweep():
+    """The few lines of YAML that the sweep has, read without a library: {parameter: values}, and the program."""
+    text = (TESTS / "benchmarks" / "sweep.yaml").read_text()
+    parameters, program = {}, None
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    for line in lines[lines.index("parameters:") + 1 :]:
+        if line.startswith("  ") and line[2] != " ":
+            values = parameters.setdefault(line.strip(" :"), [])
+        elif "[" in line:
+            values += line[line.index("[") + 1 : line.index("]")].split(", ")
+        elif line.strip().startswith("- "):
+            values.append(line.strip()[2:])
+    program = next(line.split(": ")[1] for line in lines if line.startswith("program"))
+    return parameters, program
+
+
+def test_the_sweep_runs_the_matrix_of_the_paper_profile():
+    parameters, program = sweep()
+    assert ROOT / program == TESTS / "benchmarks" / "campaign.py"
+    options = {option for action in campaign.parser()._actions for option in action.option_strings}
+    assert {f"--{name}" for name in parameters} <= options
+    paper = campaign.PROFILES["paper"]
+    assert sorted(parameters["tasks"]) == sorted(paper["tasks"])
+    assert sorted(parameters["scripts"]) == sorted(campaign.SCRIPTS)
+    assert list(map(int, parameters["seeds"])) == paper["seeds"]
+    one_run = ["paper", *(f"--{name}={values[0]}" for name, values in parameters.items())]
+    assert campaign.parser().parse_args(one_run).scripts == [parameters["scripts"][0]]
+
+
+def test_a_campaign_runs_skips_and_resumes(tmp_path, monkeypatch):
+    flags = "--total-timesteps 30 --learning-starts 20 --hidden-size 8 --batch-size 4 --eval-frequency 15"
+    flags += " --eval-episodes 1 --checkpoint-frequency 10 --buffer-size 100"
+    profile = {"tasks": ["Pendulum-v1"], "seeds": [1], "flags": flags, "script_flags": {"td3": "--gamma 0.9"}}
+    monkeypatch.setitem(campaign.PROFILES, "tiny", profile)
+    monkeypatch.setattr(campaign, "RESULTS", tmp_path / "results")
+    work = tmp_path / "work"
+    everything = ("tiny", ["sac", "td3"], ["Pendulum-v1"], [1, 2], 2, [], work)
+    assert campaign.run(*everything) == []
+    folders = sorted((work / "runs").iterdir())
+    assert len(folders) == 4
+    about = json.loads((tmp_path / "results" / "tiny" / "Pendulum-v1" / "td3-2.json").read_text())
+    assert about["args"]["gamma"] == 0.9 and about["args"]["seed"] == 2 and about["versions"]["torch"]
+
+    started = []
+    start = campaign.subprocess.Popen
+    monkeypatch.setattr(
+        campaign.subprocess, "Popen", lambda command, **k: (started.append(command), start(command, **k))[1]
+    )
+    assert campaign.run(*everything) == [] and started == []  # all finished
+    table = folders[0] / "evaluations.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:2]))  # as if killed after step 15
+    assert campaign.run(*everything) == []
+    assert len(started) == 1 and "--resume" in started[0] and campaign.last_step(folders[0]) == 30
+    assert len(list((work / "runs").iterdir())) == 4
+
+    campaign.draw("tiny")
+    assert (tmp_path / "results" / "tiny" / "Pendulum-v1.png").stat().st_size > 5000
+    rows = (tmp_path / "results" / "tiny" / "table.md").read_text().splitlines()
+    with open(tmp_path / "results" / "tiny" / "Pendulum-v1" / "sac-1.csv") as file:
+        first = float(list(csv.DictReader(file))[-1]["mean"])
+    second = campaign.load("tiny")["Pendulum-v1"]["sac"][2][-1]["mean"]
+    (sac,) = [row for row in rows if "sac.py" in row]
+    assert f"{(first + second) / 2:.5g} ± {abs(first - second) / 2:.3g} (2)" in sac
+
+
+def test_a_failed_run_is_reported(tmp_path, monkeypatch):
+    profile = {"tasks": ["NoSuchTask-v0"], "seeds": [1], "flags": "--total-timesteps 30", "script_flags": {}}
+    monkeypatch.setitem(campaign.PROFILES, "tiny", profile)
+    monkeypatch.setattr(campaign, "RESULTS", tmp_path / "results")
+    assert campaign.run("tiny", ["sac"], ["NoSuchTask-v0"], [1], 1, [], tmp_path / "work") == [
+        ("sac", "NoSuchTask-v0", 1)
+    ]
+
+
+@pytest.mark.parametrize("profile", PROFILES_WITH_RESULTS)
+def test_the_readme_has_the_table_that_the_files_give(profile):
+    table = campaign.table(profile)
+    assert table in (ROOT / "README.md").read_text()
+    assert table == (TESTS / "results" / profile / "table.md").read_text()
+    for task in campaign.load(profile):
+        assert (TESTS / "results" / profile / f"{task}.png").exists()
+
+
+@pytest.mark.parametrize("profile", PROFILES_WITH_RESULTS)
+def test_results_were_made_with_the_profiles_flags(profile):
+    for path in (TESTS / "results" / profile).glob("*/*.json"):
+        args = json.loads(path.read_text())["args"]
+        script = path.stem.rsplit("-", 1)[0]
+        flags = campaign.flags_of(profile, script)
+        for name, value in zip(flags, flags[1:] + ["--"]):
+            if name.startswith("--"):
+                expected = True if value.startswith("--") else value
+                recorded = args[name[2:].replace("-", "_")]
+                assert recorded == type(recorded)(expected), (path.name, name)
+        with open(path.with_suffix(".csv")) as file:
+            assert [int(row["step"]) for row in csv.DictReader(file)][-1] >= args["total_timesteps"]
