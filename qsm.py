@@ -288,7 +288,7 @@ class DiffusionPolicy(nn.Module):
         return self.time(torch.cat([angles.cos(), angles.sin()], dim=1))
 
     def forward(self, observations: Tensor, a_t: Tensor, t: Tensor) -> Tensor:
-        return self.trunk(self.action(a_t) + self.state(observations) + self.times()[t])
+        return self.trunk(self.action(a_t) + self.state(observations) + F.embedding(t, self.times()))
 
 
 def denoising_steps(

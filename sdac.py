@@ -395,7 +395,7 @@ class DiffusionPolicy(nn.Module):
         self.trunk = trunk(hidden, action_dim)
 
     def forward(self, observations: Tensor, a_t: Tensor, t: Tensor) -> Tensor:
-        return self.trunk(self.state(observations) + self.action(a_t) + self.time(self.sinusoids)[t])
+        return self.trunk(self.state(observations) + self.action(a_t) + F.embedding(t, self.time(self.sinusoids)))
 
 
 def denoising_steps(
