@@ -340,7 +340,8 @@ class QSM(nn.Module):
         self.critic_optimizer = adam(self.critics.parameters(), args.q_lr)
         self.optimizers = [self.policy_optimizer, self.critic_optimizer]
         self.register_buffer("policy_steps", torch.tensor(0))
-        self.denoising_steps = torch.compile(denoising_steps, dynamic=False) if args.compile else denoising_steps
+        self.denoising_steps = compiled(denoising_steps, args)
+        self.critic_gradients, self.policy_gradients = compiled(gradients, args), compiled(gradients, args)
 
     @torch.no_grad()
     def sample_action(self, observations: Tensor, noise: ActionNoise) -> Tensor:
@@ -371,34 +372,39 @@ class QSM(nn.Module):
     def parts(self, step: int) -> None:
         """Every update does the same."""
 
-    def update(self, batch: Batch, step: int, noise: UpdateNoise | None = None) -> dict[str, Tensor]:
-        """One iteration of the paper's Algorithm 1; `step` counts updates from 0. Returns what to log."""
-        args = self.args
-        noise = noise or self.draw_update_noise(len(batch.rewards), batch.rewards.device)
-
-        # Critics: regress on the value of the policy's next action
-        next_actions = self.sample_action(batch.next_observations, noise.next_action)
+    def critic_loss(self, batch: Batch, next_actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared errors against the value of the policy's next actions (B, d)."""
         with torch.no_grad():
             next_q = torch.minimum(*(critic(batch.next_observations, next_actions) for critic in self.target_critics))
-            y = critic_target(batch.rewards, batch.dones, next_q, args.gamma)
+            y = critic_target(batch.rewards, batch.dones, next_q, self.args.gamma)
         q1, q2 = (critic(batch.observations, batch.actions) for critic in self.critics)
         q1_loss, q2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
-        minimise(q1_loss + q2_loss, self.critic_optimizer)
-        move_average(self.target_critics, self.critics, args.tau)
+        metrics = {"qf1_values": q1.mean(), "qf2_values": q2.mean(), "qf1_loss": q1_loss, "qf2_loss": q2_loss}
+        return q1_loss + q2_loss, metrics
+
+    def policy_loss(self, batch: Batch, t: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Equation (3): the action gradient of the critics at noised actions, for t (B,) and eps (B, d)."""
+        a_t = forward_sample(self.schedule, batch.actions, t, eps)
+        target = qsm_target(self.critics, batch.observations, a_t, self.args.q_gradient_scale)
+        loss = F.mse_loss(self.policy(batch.observations, a_t, t), target)
+        q_gradient = target.norm(dim=1).mean() / max(self.args.q_gradient_scale, 1e-12)
+        return loss, {"actor_loss": loss, "q_gradient": q_gradient}
+
+    def update(self, batch: Batch, step: int, noise: UpdateNoise | None = None) -> dict[str, Tensor]:
+        """One iteration of the paper's Algorithm 1; `step` counts updates from 0. Returns what to log."""
+        noise = noise or self.draw_update_noise(len(batch.rewards), batch.rewards.device)
+
+        # Critics, with their moving averages
+        next_actions = self.sample_action(batch.next_observations, noise.next_action)
+        grads, metrics = self.critic_gradients(self.critic_loss, self.critics, batch, next_actions)
+        descend(self.critic_optimizer, grads)
+        move_average(self.target_critics, self.critics, self.args.tau)
 
         # Policy: match the score with the action gradient of the critics after their step
-        a_t = forward_sample(self.schedule, batch.actions, noise.t, noise.forward)
-        target = qsm_target(self.critics, batch.observations, a_t, args.q_gradient_scale)
-        policy_loss = F.mse_loss(self.policy(batch.observations, a_t, noise.t), target)
+        grads, policy_metrics = self.policy_gradients(self.policy_loss, self.policy, batch, noise.t, noise.forward)
         self.policy_optimizer.param_groups[0]["lr"] = self.decayed_policy_lr()
-        minimise(policy_loss, self.policy_optimizer)
-
-        metrics = {"qf1_values": q1.mean(), "qf2_values": q2.mean(), "qf1_loss": q1_loss, "qf2_loss": q2_loss}
-        metrics |= {
-            "actor_loss": policy_loss,
-            "q_gradient": target.norm(dim=1).mean() / max(args.q_gradient_scale, 1e-12),
-        }
-        return {name: value.detach() for name, value in metrics.items()}
+        descend(self.policy_optimizer, grads)
+        return metrics | policy_metrics
 
     def decayed_policy_lr(self) -> Tensor:
         """Cosine decay to 0 over the policy's own steps, which it counts."""
@@ -412,10 +418,23 @@ def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=True)
 
 
-def minimise(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One gradient step on the parameters of this optimizer."""
-    optimizer.zero_grad()
-    loss.backward()
+def compiled(function: Callable, args: Args) -> Callable:
+    """The function under torch.compile, or as it is with --no-compile."""
+    torch._dynamo.config.trace_autograd_ops = True  # let it see gradients(), forward and backward pass, as one
+    return torch.compile(function, dynamic=False) if args.compile else function
+
+
+def gradients(loss: Callable, network: nn.Module, *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Gradients of a network for the loss that `loss(*inputs)` returns first, and the metrics beside it."""
+    value, metrics = loss(*inputs)
+    grads = torch.autograd.grad(value, list(network.parameters()))
+    return grads, {name: metric.detach() for name, metric in metrics.items()}
+
+
+def descend(optimizer: torch.optim.Optimizer, grads: tuple[Tensor, ...]) -> None:
+    """One step of this optimizer with these gradients of its parameters."""
+    for parameter, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+        parameter.grad = grad
     optimizer.step()
 
 

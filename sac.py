@@ -234,6 +234,7 @@ class SAC(nn.Module):
         self.critic_optimizer = adam(self.critics.parameters(), args.q_lr)
         self.alpha_optimizer = adam([self.log_alpha], args.alpha_lr)
         self.optimizers = [self.policy_optimizer, self.critic_optimizer, self.alpha_optimizer]
+        self.critic_gradients, self.policy_gradients = compiled(gradients, args), compiled(gradients, args)
 
     @torch.no_grad()
     def act(self, observations: Tensor, explore: bool) -> Tensor:
@@ -247,37 +248,45 @@ class SAC(nn.Module):
     def parts(self, step: int) -> None:
         """Every update does the same."""
 
-    def update(self, batch: Batch, step: int, noise: UpdateNoise | None = None) -> dict[str, Tensor]:
-        """One gradient step of the paper's Algorithm 1. Returns what to log."""
-        noise = noise or self.draw_update_noise(len(batch.rewards), batch.rewards.device)
-        alpha = self.log_alpha.detach().exp()
-
-        # Critics: regress on the soft value of the next state
+    def critic_loss(self, batch: Batch, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Equation (5): squared errors against the soft value of the next state, with noise eps (B, d)."""
         with torch.no_grad():
-            next_actions, next_log_prob = squash(*self.policy(batch.next_observations), noise.next_action)
+            next_actions, next_log_prob = squash(*self.policy(batch.next_observations), eps)
             next_q = torch.minimum(*(critic(batch.next_observations, next_actions) for critic in self.target_critics))
+            alpha = self.log_alpha.exp()
             y = critic_target(batch.rewards, batch.dones, next_q, next_log_prob, alpha, self.args.gamma)
         q1, q2 = (critic(batch.observations, batch.actions) for critic in self.critics)
         q1_loss, q2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
-        minimise(q1_loss + q2_loss, self.critic_optimizer)
+        metrics = {"qf1_values": q1.mean(), "qf2_values": q2.mean(), "qf1_loss": q1_loss, "qf2_loss": q2_loss}
+        return q1_loss + q2_loss, metrics
 
-        # Policy: entropy and value of its own actions
-        actions, log_prob = squash(*self.policy(batch.observations), noise.action)
-        self.critics.requires_grad_(False)
+    def policy_loss(self, batch: Batch, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Equation (6): entropy and value of the policy's own actions, with noise eps (B, d)."""
+        actions, log_prob = squash(*self.policy(batch.observations), eps)
         q = torch.minimum(*(critic(batch.observations, actions) for critic in self.critics))
-        self.critics.requires_grad_(True)
-        policy_loss = (alpha * log_prob - q).mean()
-        minimise(policy_loss, self.policy_optimizer)
+        loss = (self.log_alpha.detach().exp() * log_prob - q).mean()
+        return loss, {"actor_loss": loss, "log_prob": log_prob}
+
+    def update(self, batch: Batch, step: int, noise: UpdateNoise | None = None) -> dict[str, Tensor]:
+        """One gradient step of the paper's Algorithm 1. Returns what to log."""
+        noise = noise or self.draw_update_noise(len(batch.rewards), batch.rewards.device)
+
+        # Critics
+        grads, metrics = self.critic_gradients(self.critic_loss, self.critics, batch, noise.next_action)
+        descend(self.critic_optimizer, grads)
+
+        # Policy
+        grads, policy_metrics = self.policy_gradients(self.policy_loss, self.policy, batch, noise.action)
+        descend(self.policy_optimizer, grads)
 
         # Temperature: towards the target entropy
+        log_prob, alpha = policy_metrics.pop("log_prob"), self.log_alpha.detach().exp()
         temperature_loss = alpha_loss(self.log_alpha, log_prob, -self.action_dim)
-        minimise(temperature_loss, self.alpha_optimizer)
+        descend(self.alpha_optimizer, torch.autograd.grad(temperature_loss, [self.log_alpha]))
 
         # Targets
         move_average(self.target_critics, self.critics, self.args.tau)
-        metrics = {"qf1_values": q1.mean(), "qf2_values": q2.mean(), "qf1_loss": q1_loss, "qf2_loss": q2_loss}
-        metrics |= {"actor_loss": policy_loss, "alpha": alpha, "alpha_loss": temperature_loss}
-        return {name: value.detach() for name, value in metrics.items()}
+        return metrics | policy_metrics | {"alpha": alpha, "alpha_loss": temperature_loss.detach()}
 
 
 def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
@@ -285,10 +294,23 @@ def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=True)
 
 
-def minimise(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One gradient step on the parameters of this optimizer."""
-    optimizer.zero_grad()
-    loss.backward()
+def compiled(function: Callable, args: Args) -> Callable:
+    """The function under torch.compile, or as it is with --no-compile."""
+    torch._dynamo.config.trace_autograd_ops = True  # let it see gradients(), forward and backward pass, as one
+    return torch.compile(function, dynamic=False) if args.compile else function
+
+
+def gradients(loss: Callable, network: nn.Module, *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Gradients of a network for the loss that `loss(*inputs)` returns first, and the metrics beside it."""
+    value, metrics = loss(*inputs)
+    grads = torch.autograd.grad(value, list(network.parameters()))
+    return grads, {name: metric.detach() for name, metric in metrics.items()}
+
+
+def descend(optimizer: torch.optim.Optimizer, grads: tuple[Tensor, ...]) -> None:
+    """One step of this optimizer with these gradients of its parameters."""
+    for parameter, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+        parameter.grad = grad
     optimizer.step()
 
 

@@ -82,7 +82,6 @@ import copy
 import csv
 import dataclasses
 import difflib
-import functools
 import io
 import json
 import math
@@ -477,8 +476,8 @@ class SDAC(nn.Module):
         self.critic_optimizer = adam(self.critics.parameters(), args.q_lr)
         self.lambda_optimizer = adam([self.log_lambda], args.lambda_lr)
         self.optimizers = [self.policy_optimizer, self.critic_optimizer, self.lambda_optimizer]
-        compiled = functools.partial(torch.compile, dynamic=False) if args.compile else lambda function: function
-        self.denoising_steps, self.min_q = compiled(denoising_steps), compiled(min_q)
+        self.denoising_steps, self.min_q = compiled(denoising_steps, args), compiled(min_q, args)
+        self.critic_gradients, self.policy_gradients = compiled(gradients, args), compiled(gradients, args)
 
     @property
     def temperature(self) -> Tensor:
@@ -542,20 +541,40 @@ class SDAC(nn.Module):
             torch.randn(batch, args.num_reverse_samples, self.action_dim, device=device),
         )
 
-    def rssm_loss(self, batch: Batch, noise: UpdateNoise) -> tuple[Tensor, Tensor]:
-        """Equation (9) on a batch, and the effective sample size of its weights, 1 / mean of sum_k w_k^2 (1 to M)."""
-        with torch.no_grad():
-            a_0 = batch.actions
-            if self.args.proposal == "policy":
-                a_0 = self.sample_action(self.policy, batch.observations, noise.proposal)
-            a_t, eps = forward_sample(self.schedule, a_0, noise.t, noise.forward), noise.reverse
-            if self.args.bounded_reverse_sampling:
-                eps = bounded_noise(self.schedule, a_t, noise.t, eps)
-            samples = reverse_sample(self.schedule, a_t, noise.t, eps).clamp(-1, 1)
-            q = self.evaluate_actions(batch.observations, samples)
-            weights, target = rssm_target(q, self.temperature, eps)
-        loss = F.mse_loss(self.policy(batch.observations, a_t, noise.t), target)
-        return loss, 1 / weights.square().sum(1).mean()
+    @torch.no_grad()
+    def target_values(self, batch: Batch, noise: ActionNoise) -> Tensor:
+        """y = r + gamma Q(s', a') with a' from the policy, (B,)."""
+        args, observations = self.args, batch.next_observations
+        next_q = min_q(self.ema_critics, observations, self.sample_action(self.policy, observations, noise))
+        if args.soft_critic:
+            next_q = next_q - self.temperature * exploration_log_prob(noise.exploration, self.exploration_std)
+        return critic_target(args.reward_scale * batch.rewards, batch.dones, next_q, args.gamma)
+
+    def critic_loss(self, batch: Batch, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared errors of both critics against y (B,)."""
+        q1, q2 = (critic(batch.observations, batch.actions) for critic in self.critics)
+        q1_loss, q2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
+        metrics = {"qf1_values": q1.mean(), "qf2_values": q2.mean(), "qf1_loss": q1_loss, "qf2_loss": q2_loss}
+        return q1_loss + q2_loss, metrics
+
+    @torch.no_grad()
+    def rssm(self, batch: Batch, noise: UpdateNoise) -> tuple[Tensor, Tensor, Tensor]:
+        """Proposal and reverse sampling: a_t (B, d), the regression target of equation (9), (B, d), and the effective
+        sample size of its weights, 1 / mean of sum_k w_k^2, from 1 to M."""
+        a_0 = batch.actions
+        if self.args.proposal == "policy":
+            a_0 = self.sample_action(self.policy, batch.observations, noise.proposal)
+        a_t, eps = forward_sample(self.schedule, a_0, noise.t, noise.forward), noise.reverse
+        if self.args.bounded_reverse_sampling:
+            eps = bounded_noise(self.schedule, a_t, noise.t, eps)
+        samples = reverse_sample(self.schedule, a_t, noise.t, eps).clamp(-1, 1)
+        weights, target = rssm_target(self.evaluate_actions(batch.observations, samples), self.temperature, eps)
+        return a_t, target, 1 / weights.square().sum(1).mean()
+
+    def policy_loss(self, batch: Batch, a_t: Tensor, t: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Equation (9), averaged over batch and action dimensions."""
+        loss = F.mse_loss(self.policy(batch.observations, a_t, t), target)
+        return loss, {"actor_loss": loss}
 
     def parts(self, step: int) -> tuple[bool, bool]:
         """Whether this update, counted from 0, trains the policy, and whether it adapts lambda."""
@@ -571,37 +590,31 @@ class SDAC(nn.Module):
         noise = noise or self.draw_update_noise(len(batch.rewards), train_policy, batch.rewards.device)
 
         # Critics: regress on r + gamma Q(s', a'), a' from the policy
-        next_actions = self.sample_action(self.policy, batch.next_observations, noise.next_action)
-        with torch.no_grad():
-            next_q = min_q(self.ema_critics, batch.next_observations, next_actions)
-            if args.soft_critic:
-                log_prob = exploration_log_prob(noise.next_action.exploration, self.exploration_std)
-                next_q = next_q - self.temperature * log_prob
-            y = critic_target(args.reward_scale * batch.rewards, batch.dones, next_q, args.gamma)
-        q1, q2 = (critic(batch.observations, batch.actions) for critic in self.critics)
-        q1_loss, q2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
-        metrics = {"qf1_values": q1.mean(), "qf2_values": q2.mean(), "qf1_loss": q1_loss, "qf2_loss": q2_loss}
+        y = self.target_values(batch, noise.next_action)
+        grads, metrics = self.critic_gradients(self.critic_loss, self.critics, batch, y)
 
         # Policy: reverse sampling score matching, with the critics from before their step
         if train_policy:
-            policy_loss, metrics["effective_sample_size"] = self.rssm_loss(batch, noise)
-            metrics["actor_loss"] = policy_loss
+            a_t, target, metrics["effective_sample_size"] = self.rssm(batch, noise)
+            inputs = batch, a_t, noise.t, target
+            policy_grads, policy_metrics = self.policy_gradients(self.policy_loss, self.policy, *inputs)
             self.policy_optimizer.param_groups[0]["lr"] = self.decayed_policy_lr()
-            minimise(policy_loss, self.policy_optimizer)
-        minimise(q1_loss + q2_loss, self.critic_optimizer)
+            descend(self.policy_optimizer, policy_grads)
+            metrics |= policy_metrics
+        descend(self.critic_optimizer, grads)
 
         # Lambda: scale of the exploration noise, and through it the temperature
         if adapt_lambda:
             target_entropy = args.target_entropy_scale * self.action_dim
             loss = lambda_loss(self.log_lambda, args.noise_scale, self.action_dim, target_entropy)
-            minimise(loss, self.lambda_optimizer)
-            metrics["lambda"], metrics["temperature"] = self.log_lambda.exp(), self.temperature
+            descend(self.lambda_optimizer, torch.autograd.grad(loss, [self.log_lambda]))
+            metrics["lambda"], metrics["temperature"] = self.log_lambda.detach().exp(), self.temperature
 
         # Moving averages
         if train_policy:
             move_average(self.ema_policy, self.policy, args.tau)
             move_average(self.ema_critics, self.critics, args.tau)
-        return {name: value.detach() for name, value in metrics.items()}
+        return metrics
 
     def decayed_policy_lr(self) -> Tensor:
         """Linear decay over the policy's own steps, which it counts."""
@@ -616,10 +629,23 @@ def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=True)
 
 
-def minimise(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One gradient step on the parameters of this optimizer."""
-    optimizer.zero_grad()
-    loss.backward()
+def compiled(function: Callable, args: Args) -> Callable:
+    """The function under torch.compile, or as it is with --no-compile."""
+    torch._dynamo.config.trace_autograd_ops = True  # let it see gradients(), forward and backward pass, as one
+    return torch.compile(function, dynamic=False) if args.compile else function
+
+
+def gradients(loss: Callable, network: nn.Module, *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Gradients of a network for the loss that `loss(*inputs)` returns first, and the metrics beside it."""
+    value, metrics = loss(*inputs)
+    grads = torch.autograd.grad(value, list(network.parameters()))
+    return grads, {name: metric.detach() for name, metric in metrics.items()}
+
+
+def descend(optimizer: torch.optim.Optimizer, grads: tuple[Tensor, ...]) -> None:
+    """One step of this optimizer with these gradients of its parameters."""
+    for parameter, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+        parameter.grad = grad
     optimizer.step()
 
 

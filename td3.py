@@ -219,6 +219,7 @@ class TD3(nn.Module):
         self.policy_optimizer = adam(self.policy.parameters(), args.learning_rate)
         self.critic_optimizer = adam(self.critics.parameters(), args.learning_rate)
         self.optimizers = [self.policy_optimizer, self.critic_optimizer]
+        self.critic_gradients, self.policy_gradients = compiled(gradients, args), compiled(gradients, args)
 
     @torch.no_grad()
     def act(self, observations: Tensor, explore: bool) -> Tensor:
@@ -235,33 +236,42 @@ class TD3(nn.Module):
         """Whether this update, counted from 0, trains the policy and moves the targets."""
         return step % self.args.policy_frequency == 0
 
+    def critic_loss(self, batch: Batch, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared errors against the smaller target value of a smoothed action, with noise eps (B, d)."""
+        args = self.args
+        with torch.no_grad():
+            next_actions = self.target_policy(batch.next_observations)
+            next_actions = smoothed_action(next_actions, eps, args.policy_noise, args.noise_clip)
+            next_q = torch.minimum(*(critic(batch.next_observations, next_actions) for critic in self.target_critics))
+            y = critic_target(batch.rewards, batch.dones, next_q, args.gamma)
+        q1, q2 = (critic(batch.observations, batch.actions) for critic in self.critics)
+        q1_loss, q2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
+        metrics = {"qf1_values": q1.mean(), "qf2_values": q2.mean(), "qf1_loss": q1_loss, "qf2_loss": q2_loss}
+        return q1_loss + q2_loss, metrics
+
+    def policy_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Minus the first critic's value of the policy's own actions."""
+        loss = -self.critics[0](batch.observations, self.policy(batch.observations)).mean()
+        return loss, {"actor_loss": loss}
+
     def update(self, batch: Batch, step: int, noise: Tensor | None = None) -> dict[str, Tensor]:
         """One iteration of the paper's Algorithm 1; `step` counts updates from 0. Returns what to log."""
         args = self.args
         if noise is None:
             noise = self.draw_update_noise(len(batch.rewards), batch.rewards.device)
 
-        # Critics: regress on the smaller target value of a smoothed action
-        with torch.no_grad():
-            next_actions = self.target_policy(batch.next_observations)
-            next_actions = smoothed_action(next_actions, noise, args.policy_noise, args.noise_clip)
-            next_q = torch.minimum(*(critic(batch.next_observations, next_actions) for critic in self.target_critics))
-            y = critic_target(batch.rewards, batch.dones, next_q, args.gamma)
-        q1, q2 = (critic(batch.observations, batch.actions) for critic in self.critics)
-        q1_loss, q2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
-        minimise(q1_loss + q2_loss, self.critic_optimizer)
-        metrics = {"qf1_values": q1.mean(), "qf2_values": q2.mean(), "qf1_loss": q1_loss, "qf2_loss": q2_loss}
+        # Critics
+        grads, metrics = self.critic_gradients(self.critic_loss, self.critics, batch, noise)
+        descend(self.critic_optimizer, grads)
 
         # Policy and targets, delayed
         if self.parts(step):
-            self.critics.requires_grad_(False)
-            policy_loss = -self.critics[0](batch.observations, self.policy(batch.observations)).mean()
-            self.critics.requires_grad_(True)
-            minimise(policy_loss, self.policy_optimizer)
-            metrics["actor_loss"] = policy_loss
+            grads, policy_metrics = self.policy_gradients(self.policy_loss, self.policy, batch)
+            descend(self.policy_optimizer, grads)
             move_average(self.target_policy, self.policy, args.tau)
             move_average(self.target_critics, self.critics, args.tau)
-        return {name: value.detach() for name, value in metrics.items()}
+            metrics |= policy_metrics
+        return metrics
 
 
 def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
@@ -269,10 +279,23 @@ def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=True)
 
 
-def minimise(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One gradient step on the parameters of this optimizer."""
-    optimizer.zero_grad()
-    loss.backward()
+def compiled(function: Callable, args: Args) -> Callable:
+    """The function under torch.compile, or as it is with --no-compile."""
+    torch._dynamo.config.trace_autograd_ops = True  # let it see gradients(), forward and backward pass, as one
+    return torch.compile(function, dynamic=False) if args.compile else function
+
+
+def gradients(loss: Callable, network: nn.Module, *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Gradients of a network for the loss that `loss(*inputs)` returns first, and the metrics beside it."""
+    value, metrics = loss(*inputs)
+    grads = torch.autograd.grad(value, list(network.parameters()))
+    return grads, {name: metric.detach() for name, metric in metrics.items()}
+
+
+def descend(optimizer: torch.optim.Optimizer, grads: tuple[Tensor, ...]) -> None:
+    """One step of this optimizer with these gradients of its parameters."""
+    for parameter, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+        parameter.grad = grad
     optimizer.step()
 
 

@@ -244,8 +244,8 @@ def test_collapsed_loss_has_the_gradient_of_the_m_pass_loss():
     agent = sdac.SDAC(4, 2, small_args())
     batch = random_batch(sdac)
     noise = agent.draw_update_noise(7, True, torch.device("cpu"))
-    loss, _ = agent.rssm_loss(batch, noise)
-    collapsed = torch.autograd.grad(loss, list(agent.policy.parameters()))
+    a_t, target, _ = agent.rssm(batch, noise)
+    collapsed, _ = sdac.gradients(agent.policy_loss, agent.policy, batch, a_t, noise.t, target)
     # the M-pass loss, on the script's own network
     with torch.no_grad():
         a_0 = agent.sample_action(agent.policy, batch.observations, noise.proposal)
@@ -364,7 +364,8 @@ def test_lambda_converges_to_the_target_entropy_from_both_sides(start):
     optimizer = torch.optim.Adam([log_lambda], lr=0.02)
     d = 3
     for _ in range(1500):
-        sdac.minimise(sdac.lambda_loss(log_lambda, args.noise_scale, d, args.target_entropy_scale * d), optimizer)
+        loss = sdac.lambda_loss(log_lambda, args.noise_scale, d, args.target_entropy_scale * d)
+        sdac.descend(optimizer, torch.autograd.grad(loss, [log_lambda]))
     entropy = d / 2 * math.log(2 * math.pi * math.e * (args.noise_scale * math.exp(log_lambda.item())) ** 2)
     assert entropy == pytest.approx(-0.9 * d, abs=1e-3)
 
@@ -377,7 +378,9 @@ def test_exploration_log_prob():
 
 def test_the_policy_loss_reaches_only_the_policy():
     agent, batch = sdac.SDAC(4, 2, small_args()), random_batch(sdac)
-    agent.rssm_loss(batch, agent.draw_update_noise(7, True, torch.device("cpu")))[0].backward()
+    noise = agent.draw_update_noise(7, True, torch.device("cpu"))
+    a_t, target, _ = agent.rssm(batch, noise)
+    agent.policy_loss(batch, a_t, noise.t, target)[0].backward()
     assert all(p.grad is None for p in [*agent.critics.parameters(), *agent.ema_policy.parameters(), agent.log_lambda])
     assert all(p.grad is not None for p in agent.policy.parameters())
 
