@@ -645,7 +645,7 @@ def gradients(loss: Callable, network: nn.Module, *inputs) -> tuple[tuple[Tensor
 def descend(optimizer: torch.optim.Optimizer, grads: tuple[Tensor, ...]) -> None:
     """One step of this optimizer with these gradients of its parameters."""
     for parameter, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
-        parameter.grad = grad
+        parameter.grad = grad.contiguous()  # on CUDA, torch.compile may have padded it
     optimizer.step()
 
 
@@ -873,7 +873,7 @@ def random_state() -> dict:
     """State of every global random stream, in types that a `weights_only` checkpoint may hold."""
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = torch.from_numpy(numpy_state["state"]["key"])
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
     return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(), "cuda": cuda}
 
 
@@ -883,11 +883,11 @@ def set_random_state(state: dict) -> None:
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 class CUDAGraphs:
-    """A function replayed on the GPU as CUDA graphs: one launch instead of thousands, and nothing waits for its end.
+    """A function replayed on the GPU as CUDA graphs: one launch instead of thousands, whose end is not waited for.
 
     Its first argument is a tensor or a `Batch`, copied into the graph's own; `parts` of the second tells which kernels
     run, and each value has its graph. The first three calls run as they are, so that compilers and optimizers settle,
@@ -1119,6 +1119,7 @@ def on_signal(number: int, frame: object) -> None:
 
 def run(agent_class: type) -> None:
     warnings.filterwarnings("ignore", module="gymnasium")  # out-of-date versions, precision of bounds
+    warnings.filterwarnings("ignore", message=".*constructed with capturable=True")  # not every step is captured
     args = parse_arguments()
     check_arguments(args)
     checkpoint, source = None, args.resume or args.evaluate

@@ -4,7 +4,7 @@
     python tests/benchmarks/campaign.py paper --scripts sdac --tasks Humanoid-v4 --seeds 1 2 --workers 4 -- --track
     python tests/benchmarks/campaign.py quick --draw                        # only tables and pictures
 
-Starts the scripts as subprocesses, `--workers` at a time and one thread each. Finished runs are skipped and
+Starts the scripts as subprocesses, `--workers` at a time, which share the cores. Finished runs are skipped and
 interrupted ones resumed, so the same command goes on after Ctrl-C or a crash. What follows `--` goes to the scripts.
 Run folders lie in campaign/PROFILE/runs of the current folder. From them, tests/results/PROFILE/ gets each run's
 evaluations (TASK/SCRIPT-SEED.csv), its arguments, versions and machine (.json), one picture per task, and table.md,
@@ -40,6 +40,29 @@ PROFILES = {
         "flags": "--num-envs 5 --updates-per-step 1 --total-timesteps 1000000 --learning-starts 30000"
         " --eval-frequency 10000 --eval-episodes 20",
         "script_flags": {},
+    },
+    # Minutes on two cores: small networks, larger learning rates, and for SDAC the cheap and cold variant.
+    "quick": {
+        "tasks": ["InvertedPendulum-v4", "InvertedDoublePendulum-v4", "Reacher-v4"],
+        "seeds": [1, 2, 3],
+        "flags": "--num-envs 1 --total-timesteps 12000 --learning-starts 1000 --hidden-size 64 --batch-size 128"
+        " --tau 0.02 --eval-frequency 1000 --eval-episodes 10 --checkpoint-frequency 4000 --device cpu",
+        "script_flags": {
+            "sdac": "--proposal replay --target-particles 1 --temperature 0.01 --noise-scale 0.03 --diffusion-steps 10"
+            " --num-particles 8 --num-reverse-samples 32 --q-lr 1e-3 --policy-lr 1e-3",
+            "qsm": "--q-gradient-scale 0.5 --q-lr 1e-3 --policy-lr 1e-3",
+            "sac": "--q-lr 1e-3 --policy-lr 1e-3",
+            "td3": "--learning-rate 1e-3",
+        },
+    },
+    # The paper's protocol without a GPU: a tenth of the arithmetic of an SDAC update.
+    "fast": {
+        "tasks": ["Humanoid-v4", "HalfCheetah-v4"],
+        "seeds": [1],
+        "scripts": ["sdac"],
+        "flags": "--num-envs 5 --updates-per-step 1 --total-timesteps 1000000 --learning-starts 30000"
+        " --eval-frequency 10000 --eval-episodes 20",
+        "script_flags": {"sdac": "--proposal replay --target-particles 1 --temperature 0.01"},
     },
 }  # fmt: skip
 
@@ -78,8 +101,7 @@ def start(work, profile, script, task, seed, extra):
     else:
         command += ["--exp-name", f"{profile}-{script}", "--env-id", task, "--seed", str(seed), *flags]
     with open(work / f"{task}-{script}-{seed}.log", "a") as log:
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        return subprocess.Popen(command, cwd=work, env=environment, stdout=log, stderr=log)
+        return subprocess.Popen(command, cwd=work, stdout=log, stderr=log)
 
 
 def collect(work, profile, script, task, seed):
@@ -114,6 +136,7 @@ def machine():
 def run(profile, scripts, tasks, seeds, workers, extra, work):
     """Run what is not finished, seed by seed so that an early end leaves whole comparisons."""
     work.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // workers, 1)))
     waiting = [(script, task, seed) for seed in seeds for task in tasks for script in scripts]
     running, failed = {}, []
     try:

@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+import unittest.mock
 import warnings
 from pathlib import Path
 
@@ -81,14 +82,19 @@ def seconds_per_update(functions, updates, rounds, device):
 def loop(script, task, device, updates):
     """Steps per second of the training loop, and the share of the time outside `update`."""
     module = importlib.import_module(script)
-    marks = []
+    sampled, spent = [], []  # when each update's batch is drawn, and how long the update itself takes
 
     class Timed(getattr(module, AGENTS[script])):
         def update(self, batch, step):
             start = time.perf_counter()
             result = super().update(batch, step)
-            marks.append((start, time.perf_counter()))
+            spent.append(time.perf_counter() - start)
             return result
+
+    class Buffer(module.ReplayBuffer):
+        def sample(self, *arguments):
+            sampled.append(time.perf_counter())
+            return super().sample(*arguments)
 
     Timed.__name__ = AGENTS[script]
     envs = module.Args().num_envs
@@ -96,11 +102,12 @@ def loop(script, task, device, updates):
         env_id=task, learning_starts=1000, total_timesteps=1000 + envs * updates, eval_frequency=10**9, eval_episodes=1
     )
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        module.train(Timed, args, Path(folder), None, device)
-    marks = marks[updates // 4 :]  # the first ones compile
-    elapsed = marks[-1][0] - marks[0][0]
-    inside = sum(end - start for start, end in marks[:-1])
-    return envs * (len(marks) - 1) / elapsed, None if device.type == "cuda" else 1 - inside / elapsed
+        with unittest.mock.patch.object(module, "ReplayBuffer", Buffer):
+            module.train(Timed, args, Path(folder), None, device)
+    first = updates // 4  # the ones before it compile
+    elapsed = sampled[-1] - sampled[first]
+    outside = None if device.type == "cuda" else 1 - sum(spent[first:-1]) / elapsed
+    return envs * (len(sampled) - 1 - first) / elapsed, outside
 
 
 def fresh_process(script, task, device, queue):
