@@ -189,7 +189,8 @@ def table(profile):
         for task in tasks:
             last = [rows[-1]["mean"] for rows in runs[task].get(script, {}).values()]
             mean, std = mean_and_std(last) if last else (0, 0)
-            cells.append(f"{mean:.5g} ± {std:.3g} ({len(last)})" if last else "")
+            digits = 0 if abs(mean) >= 100 else 1
+            cells.append(f"{mean:.{digits}f} ± {std:.{digits}f} ({len(last)})" if last else "")
         lines.append(f"| `{script}.py` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
