@@ -99,7 +99,7 @@ def test_a_run_leaves_what_it_promises(finished, script):
     assert steps(folder) == [500, 1000]
     assert list(folder.glob("events.out.tfevents.*"))
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 1000 and checkpoint["updates"] == 41
+    assert checkpoint["step"] == 1000 and checkpoint["updates"] == 40
     left = {path.name.split(".")[0] for path in folder.iterdir()}
     assert left == {"args", "evaluations", "events", "checkpoint"}
 

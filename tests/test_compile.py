@@ -6,7 +6,9 @@ import torch
 from pairs import random_batch, scatter
 
 import qsm
+import sac
 import sdac
+import td3
 
 # More particles and reverse samples than fit one chunk of 1024 rows, so that six states are cut into 2, 2, 2 and
 # 3, 3; six denoising steps go in groups of five and one.
@@ -23,22 +25,23 @@ def compiler_on():
     torch.set_default_dtype(torch.float32)
 
 
-def agents(compile):
-    sdac_agent = sdac.SDAC(4, 2, sdac.Args(compile=compile, tau=0.1, lambda_frequency=3, **SDAC_SIZES))
-    scatter(sdac_agent.ema_policy, sdac_agent.ema_critics)
-    qsm_agent = qsm.QSM(4, 2, qsm.Args(compile=compile, tau=0.1, hidden_size=16, diffusion_steps=6))
-    scatter(qsm_agent.target_critics)
-    return {"sdac": (sdac, sdac_agent), "qsm": (qsm, qsm_agent)}
+def make(script, compile):
+    """A small agent whose averages and targets differ from the online networks, and its module."""
+    sizes = {"sdac": SDAC_SIZES | {"lambda_frequency": 3}, "qsm": {"hidden_size": 16, "diffusion_steps": 6}}
+    module, name = {"sdac": (sdac, "SDAC"), "qsm": (qsm, "QSM"), "sac": (sac, "SAC"), "td3": (td3, "TD3")}[script]
+    agent = getattr(module, name)(4, 2, module.Args(compile=compile, tau=0.1, **sizes.get(script, {"hidden_size": 16})))
+    scatter(agent.ema_critics if script == "sdac" else agent.target_critics)
+    return module, agent
 
 
 @pytest.mark.parametrize(
     "compile, dtype, rtol, atol",
     [(False, torch.float64, 1e-9, 1e-11), (False, torch.float32, 1e-5, 1e-5), (True, torch.float64, 1e-9, 1e-11)],
 )
-@pytest.mark.parametrize("script", ["sdac", "qsm"])
+@pytest.mark.parametrize("script", ["sdac", "qsm", "sac", "td3"])
 def test_fast_updates_equal_the_oracle(script, compile, dtype, rtol, atol):
     torch.set_default_dtype(dtype)
-    module, agent = agents(compile)[script]
+    module, agent = make(script, compile)
     oracle = pairs.oracle(agent)
     for step in range(3):
         batch = random_batch(module, size=6)
@@ -51,7 +54,7 @@ def test_fast_updates_equal_the_oracle(script, compile, dtype, rtol, atol):
 
 
 def test_compiled_actions_equal_plain_ones():
-    (module, plain), (_, fast) = (agents(compile)["qsm"] for compile in (False, True))
+    (_, plain), (_, fast) = (make("qsm", compile) for compile in (False, True))
     fast.load_state_dict(plain.state_dict())
     observations, actions = torch.randn(9, 4), []
     for agent in (plain, fast):
