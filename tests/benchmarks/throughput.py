@@ -32,7 +32,6 @@ from pathlib import Path
 
 import torch
 
-warnings.filterwarnings("ignore", module="gymnasium")
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 import pairs  # noqa: E402
@@ -82,6 +81,7 @@ def seconds_per_update(functions, updates, rounds, device):
 def loop(script, task, device, updates):
     """Steps per second of the training loop, and the share of the time outside `update`."""
     module = importlib.import_module(script)
+    warnings.filterwarnings("ignore", module="gymnasium")  # after its import, which sets filters of its own
     sampled, spent = [], []  # when each update's batch is drawn, and how long the update itself takes
 
     class Timed(getattr(module, AGENTS[script])):
