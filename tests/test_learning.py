@@ -9,8 +9,8 @@ from conftest import TESTS
 sys.path.insert(0, str(TESTS / "benchmarks"))
 import campaign  # noqa: E402
 
-# InvertedPendulum-v4 pays 1 for each step that the pole stands, at most 1000; random policies get 5 to 8, untrained ones
-# up to 20. With the flags of the campaign's profile `quick`, the best of the evaluations after 1,000, 2,000 and 3,000
+# InvertedPendulum-v4 pays 1 for each step that the pole stands, at most 1000; random policies get 5 to 8, untrained
+# ones up to 20. With the flags of the campaign's profile `quick`, the best of the evaluations after 1,000, 2,000 and 3,000
 # updates is at least 52 in all twelve runs of tests/results/quick, and 59 with seed 1.
 THRESHOLD = 40
 
