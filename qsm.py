@@ -207,57 +207,59 @@ def denoising_step(coefficients: Tensor, a_t: Tensor, predicted_eps: Tensor, eps
     return (grow * (a_t - shrink * predicted_eps) + std * eps).clamp(-1, 1)
 
 
-def qsm_target(critics: nn.ModuleList, observations: Tensor, a_t: Tensor, q_gradient_scale: float) -> Tensor:
+def qsm_target(critics: Callable, observations: Tensor, a_t: Tensor, q_gradient_scale: float) -> Tensor:
     """Regression target of equation (3): -M_q ∇_a Q(s, a_t), (B, d), of the mean of the critics, held fixed."""
     with torch.enable_grad():
         a_t = a_t.detach().requires_grad_(True)
-        q = torch.stack([critic(observations, a_t) for critic in critics]).mean(0)
-        (gradient,) = torch.autograd.grad(q.sum(), a_t)
+        (gradient,) = torch.autograd.grad(critics(observations, a_t).mean(0).sum(), a_t)
     return -q_gradient_scale * gradient
 
 
 # ALGO LOGIC: networks -------------------------------------------------------------------------------
 
 
-def linear(in_features: int, out_features: int, fan_in: int | None = None, bias: bool = True) -> nn.Linear:
-    """Linear layer with Xavier uniform weights and bias 0, like the official code's."""
-    layer = nn.Linear(in_features, out_features, bias)
-    bound = math.sqrt(6 / ((fan_in or in_features) + out_features))
-    nn.init.uniform_(layer.weight, -bound, bound)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
+class Linear(nn.Module):
+    """x W + b, initialised like the official code's: W Xavier uniform, b = 0.
+
+    With copies=(2,) two layers side by side, one of each critic: x (B, i) or (2, B, i) gives (2, B, j), in one batched
+    product. The bias is a sum of its own, for torch.compile to fuse with what follows.
+    """
+
+    def __init__(self, in_features: int, out_features: int, fan_in: int | None = None, bias: bool = True, copies=()):
+        super().__init__()
+        bound = math.sqrt(6 / ((fan_in or in_features) + out_features))
+        self.weight = nn.Parameter(torch.empty(*copies, in_features, out_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(*copies, 1, out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.expand(*self.weight.shape[:-2], *x.shape[-2:])
+        return x @ self.weight if self.bias is None else x @ self.weight + self.bias
 
 
 class Mish(nn.Module):
-    """x tanh(log(1 + e^x)) = x n/(n+2) with n = e^x (e^x + 2), which takes one exponential.
-
-    PyTorch's own, slower on the CPU, is kept for gradients: the formula's are NaN where n overflows.
-    """
+    """x tanh(log(1 + e^x)) = x n/(n+2) = x - x/(n/2+1) with n = e^x (e^x + 2), which takes one exponential."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return F.mish(x)
-        n = x.exp()
-        n = n * (n + 2)
-        return x * (1 - 2 / (n + 2))
+        # Beyond 20 the second term is lost in rounding. Its overflow does no harm either, except to gradients.
+        e = (x.clamp(max=20) if torch.is_grad_enabled() else x).exp()
+        return x - x / (e * (e / 2 + 1) + 1)
 
 
-class Critic(nn.Module):
-    """Q(s, a): observations (B, o) and actions (B, d) give (B,)."""
+class Critics(nn.Module):
+    """Q1 and Q2: observations (B, o) and actions (B, d) give (2, B)."""
 
     def __init__(self, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
         self.net = nn.Sequential(
-            linear(obs_dim + action_dim, hidden),
-            nn.ReLU(inplace=True),
-            linear(hidden, hidden),
-            nn.ReLU(inplace=True),
-            linear(hidden, 1),
+            Linear(obs_dim + action_dim, hidden, copies=(2,)),
+            nn.ReLU(),
+            Linear(hidden, hidden, copies=(2,)),
+            nn.ReLU(),
+            Linear(hidden, 1, copies=(2,)),
         )
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        return self.net(torch.cat([observations, actions], dim=1)).squeeze(1)
+        return self.net(torch.cat([observations, actions], dim=1)).squeeze(2)
 
 
 class DiffusionPolicy(nn.Module):
@@ -273,14 +275,14 @@ class DiffusionPolicy(nn.Module):
         self.frequencies = nn.Parameter(0.2 * torch.randn(time_dim // 2))
         fan_in = action_dim + obs_dim + cond_dim
         self.time = nn.Sequential(
-            linear(time_dim, cond_dim),
+            Linear(time_dim, cond_dim),
             Mish(),
-            linear(cond_dim, cond_dim),
-            linear(cond_dim, hidden, fan_in, bias=False),
+            Linear(cond_dim, cond_dim),
+            Linear(cond_dim, hidden, fan_in, bias=False),
         )
-        self.state = linear(obs_dim, hidden, fan_in)
-        self.action = linear(action_dim, hidden, fan_in, bias=False)
-        self.trunk = nn.Sequential(Mish(), linear(hidden, hidden), Mish(), linear(hidden, action_dim))
+        self.state = Linear(obs_dim, hidden, fan_in)
+        self.action = Linear(action_dim, hidden, fan_in, bias=False)
+        self.trunk = nn.Sequential(Mish(), Linear(hidden, hidden), Mish(), Linear(hidden, action_dim))
 
     def times(self) -> Tensor:
         """The first layer's share of every time step, (T, hidden), from learned Fourier features."""
@@ -334,7 +336,7 @@ class QSM(nn.Module):
         self.args, self.action_dim = args, action_dim
         self.schedule = Schedule(args.diffusion_steps)
         self.policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_size, args.diffusion_steps)
-        self.critics = nn.ModuleList(Critic(obs_dim, action_dim, args.hidden_size) for _ in range(2))
+        self.critics = Critics(obs_dim, action_dim, args.hidden_size)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.policy_optimizer = adam(self.policy.parameters(), args.policy_lr)
         self.critic_optimizer = adam(self.critics.parameters(), args.q_lr)
@@ -375,12 +377,12 @@ class QSM(nn.Module):
     def critic_loss(self, batch: Batch, next_actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared errors against the value of the policy's next actions (B, d)."""
         with torch.no_grad():
-            next_q = torch.minimum(*(critic(batch.next_observations, next_actions) for critic in self.target_critics))
+            next_q = self.target_critics(batch.next_observations, next_actions).amin(0)
             y = critic_target(batch.rewards, batch.dones, next_q, self.args.gamma)
-        q1, q2 = (critic(batch.observations, batch.actions) for critic in self.critics)
-        q1_loss, q2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
-        metrics = {"qf1_values": q1.mean(), "qf2_values": q2.mean(), "qf1_loss": q1_loss, "qf2_loss": q2_loss}
-        return q1_loss + q2_loss, metrics
+        q = self.critics(batch.observations, batch.actions)
+        losses, means = (q - y).square().mean(1), q.mean(1)
+        names = ("qf1_loss", "qf2_loss", "qf1_values", "qf2_values")
+        return losses.sum(), dict(zip(names, (*losses, *means)))
 
     def policy_loss(self, batch: Batch, t: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Equation (3): the action gradient of the critics at noised actions, for t (B,) and eps (B, d)."""
@@ -485,9 +487,9 @@ class ReplayBuffer:
 
     def add(self, *transition: np.ndarray) -> None:
         """Add one row per environment; the oldest ones make room."""
-        rows = torch.arange(self.added, self.added + len(transition[0])) % self.size
+        rows = np.arange(self.added, self.added + len(transition[0])) % self.size
         for column, values in zip(self.columns, transition):
-            column[rows] = torch.as_tensor(values, dtype=column.dtype)
+            column.numpy()[rows] = values
         self.added += len(rows)
 
     def sample(self, batch_size: int, device: torch.device) -> Batch:

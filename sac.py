@@ -167,15 +167,34 @@ def mlp(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
     )
 
 
-class Critic(nn.Module):
-    """Q(s, a): observations (B, o) and actions (B, d) give (B,)."""
+class TwinLinear(nn.Module):
+    """Two linear layers side by side, one of each critic: x (B, i) or (2, B, i) gives (2, B, j), in one batched product."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        bound = in_features**-0.5  # as in nn.Linear
+        self.weight = nn.Parameter(torch.empty(2, in_features, out_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(2, 1, out_features).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.expand(2, *x.shape[-2:]) @ self.weight + self.bias
+
+
+class Critics(nn.Module):
+    """Q1 and Q2: observations (B, o) and actions (B, d) give (2, B)."""
 
     def __init__(self, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        self.net = mlp(obs_dim + action_dim, hidden, 1)
+        self.net = nn.Sequential(
+            TwinLinear(obs_dim + action_dim, hidden),
+            nn.ReLU(),
+            TwinLinear(hidden, hidden),
+            nn.ReLU(),
+            TwinLinear(hidden, 1),
+        )
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        return self.net(torch.cat([observations, actions], dim=1)).squeeze(1)
+        return self.net(torch.cat([observations, actions], dim=1)).squeeze(2)
 
 
 class Policy(nn.Module):
@@ -227,7 +246,7 @@ class SAC(nn.Module):
         super().__init__()
         self.args, self.action_dim = args, action_dim
         self.policy = Policy(obs_dim, action_dim, args.hidden_size)
-        self.critics = nn.ModuleList(Critic(obs_dim, action_dim, args.hidden_size) for _ in range(2))
+        self.critics = Critics(obs_dim, action_dim, args.hidden_size)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.policy_optimizer = adam(self.policy.parameters(), args.policy_lr)
@@ -252,20 +271,22 @@ class SAC(nn.Module):
         """Equation (5): squared errors against the soft value of the next state, with noise eps (B, d)."""
         with torch.no_grad():
             next_actions, next_log_prob = squash(*self.policy(batch.next_observations), eps)
-            next_q = torch.minimum(*(critic(batch.next_observations, next_actions) for critic in self.target_critics))
+            next_q = self.target_critics(batch.next_observations, next_actions).amin(0)
             alpha = self.log_alpha.exp()
             y = critic_target(batch.rewards, batch.dones, next_q, next_log_prob, alpha, self.args.gamma)
-        q1, q2 = (critic(batch.observations, batch.actions) for critic in self.critics)
-        q1_loss, q2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
-        metrics = {"qf1_values": q1.mean(), "qf2_values": q2.mean(), "qf1_loss": q1_loss, "qf2_loss": q2_loss}
-        return q1_loss + q2_loss, metrics
+        q = self.critics(batch.observations, batch.actions)
+        losses, means = (q - y).square().mean(1), q.mean(1)
+        names = ("qf1_loss", "qf2_loss", "qf1_values", "qf2_values")
+        return losses.sum(), dict(zip(names, (*losses, *means)))
 
     def policy_loss(self, batch: Batch, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Equation (6): entropy and value of the policy's own actions, with noise eps (B, d)."""
         actions, log_prob = squash(*self.policy(batch.observations), eps)
-        q = torch.minimum(*(critic(batch.observations, actions) for critic in self.critics))
-        loss = (self.log_alpha.detach().exp() * log_prob - q).mean()
-        return loss, {"actor_loss": loss, "log_prob": log_prob}
+        q = self.critics(batch.observations, actions).amin(0)
+        alpha = self.log_alpha.detach().exp()
+        loss = (alpha * log_prob - q).mean()
+        temperature_loss = alpha_loss(self.log_alpha, log_prob, -self.action_dim)
+        return loss, {"actor_loss": loss, "alpha": alpha, "alpha_loss": temperature_loss}
 
     def update(self, batch: Batch, step: int, noise: UpdateNoise | None = None) -> dict[str, Tensor]:
         """One gradient step of the paper's Algorithm 1. Returns what to log."""
@@ -279,14 +300,12 @@ class SAC(nn.Module):
         grads, policy_metrics = self.policy_gradients(self.policy_loss, self.policy, batch, noise.action)
         descend(self.policy_optimizer, grads)
 
-        # Temperature: towards the target entropy
-        log_prob, alpha = policy_metrics.pop("log_prob"), self.log_alpha.detach().exp()
-        temperature_loss = alpha_loss(self.log_alpha, log_prob, -self.action_dim)
-        descend(self.alpha_optimizer, torch.autograd.grad(temperature_loss, [self.log_alpha]))
+        # Temperature: towards the target entropy. Its loss, equation (7), is its own derivative by log alpha
+        descend(self.alpha_optimizer, [policy_metrics["alpha_loss"]])
 
         # Targets
         move_average(self.target_critics, self.critics, self.args.tau)
-        return metrics | policy_metrics | {"alpha": alpha, "alpha_loss": temperature_loss.detach()}
+        return metrics | policy_metrics
 
 
 def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
@@ -361,9 +380,9 @@ class ReplayBuffer:
 
     def add(self, *transition: np.ndarray) -> None:
         """Add one row per environment; the oldest ones make room."""
-        rows = torch.arange(self.added, self.added + len(transition[0])) % self.size
+        rows = np.arange(self.added, self.added + len(transition[0])) % self.size
         for column, values in zip(self.columns, transition):
-            column[rows] = torch.as_tensor(values, dtype=column.dtype)
+            column.numpy()[rows] = values
         self.added += len(rows)
 
     def sample(self, batch_size: int, device: torch.device) -> Batch:

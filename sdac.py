@@ -323,60 +323,60 @@ def denoising_step(coefficients: Tensor, a_t: Tensor, predicted_eps: Tensor, eps
 # ALGO LOGIC: networks -------------------------------------------------------------------------------
 
 
-class Linear(nn.Linear):
-    """Linear layer, initialised like the official library's: truncated normal of std 1/sqrt(fan_in), bias 0.
+class Linear(nn.Module):
+    """x W + b, initialised like the official library's: W truncated normal of std 1/sqrt(fan_in), b = 0.
 
-    The bias is a sum of its own, for torch.compile to fuse with the Mish that follows.
+    With copies=(2,) two layers side by side, one of each critic: x (B, i) or (2, B, i) gives (2, B, j), in one batched
+    product. The bias is a sum of its own, for torch.compile to fuse with the Mish that follows.
     """
 
-    def __init__(self, in_features: int, out_features: int, fan_in: int | None = None, bias: bool = True):
-        super().__init__(in_features, out_features, bias)
+    def __init__(self, in_features: int, out_features: int, fan_in: int | None = None, bias: bool = True, copies=()):
+        super().__init__()
         std = (fan_in or in_features) ** -0.5
+        self.weight = nn.Parameter(torch.empty(*copies, in_features, out_features))
+        self.bias = nn.Parameter(torch.zeros(*copies, 1, out_features)) if bias else None
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
-        if bias:
-            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+        if self.weight.dim() == 3:
+            y = x.expand(2, *x.shape[-2:]) @ self.weight
+        elif self.weight.shape[1] < 32:  # a CPU is faster at few rows than at few columns
+            y = (self.weight.T @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
+        else:
+            y = x @ self.weight
+        return y if self.bias is None else y + self.bias
 
 
 class Mish(nn.Module):
-    """x tanh(log(1 + e^x)) = x n/(n+2) with n = e^x (e^x + 2), which takes one exponential.
-
-    PyTorch's own, slower on the CPU, is kept for gradients: the formula's are NaN where n overflows.
-    """
+    """x tanh(log(1 + e^x)) = x n/(n+2) = x - x/(n/2+1) with n = e^x (e^x + 2), which takes one exponential."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return F.mish(x)
-        n = x.exp()
-        n = n * (n + 2)
-        return x * (1 - 2 / (n + 2))
+        # Beyond 20 the second term is lost in rounding. Its overflow does no harm either, except to gradients.
+        e = (x.clamp(max=20) if torch.is_grad_enabled() else x).exp()
+        return x - x / (e * (e / 2 + 1) + 1)
 
 
-def trunk(hidden: int, out_features: int) -> nn.Sequential:
+def trunk(hidden: int, out_features: int, copies=()) -> nn.Sequential:
     """Everything after the first layer. The first one is split by input, W [s; a] = W_s s + W_a a, so that the
     state's share is computed once per state and not once per particle, reverse sample and denoising step."""
-    return nn.Sequential(
-        Mish(), Linear(hidden, hidden), Mish(), Linear(hidden, hidden), Mish(), Linear(hidden, out_features)
-    )
+    sizes = ((hidden, hidden), (hidden, hidden), (hidden, out_features))
+    return nn.Sequential(*(layer for size in sizes for layer in (Mish(), Linear(*size, copies=copies))))
 
 
-class Critic(nn.Module):
-    """Q(s, a): observations (B, o) with actions (B, d) give (B,), with actions (B, K, d) they give (B, K)."""
+class Critics(nn.Module):
+    """Q1 and Q2: observations (B, o) with actions (B, d) give (2, B), with actions (B, K, d) they give (2, B, K)."""
 
     def __init__(self, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
         fan_in = obs_dim + action_dim
-        self.state = Linear(obs_dim, hidden, fan_in)
-        self.action = Linear(action_dim, hidden, fan_in, bias=False)
-        self.trunk = trunk(hidden, 1)
+        self.state = Linear(obs_dim, hidden, fan_in, copies=(2,))
+        self.action = Linear(action_dim, hidden, fan_in, bias=False, copies=(2,))
+        self.trunk = trunk(hidden, 1, copies=(2,))
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        state = self.state(observations)
-        if actions.dim() == 3:
-            state = state[:, None]
-        return self.trunk(state + self.action(actions)).squeeze(-1)
+        state, action = self.state(observations)[:, :, None], self.action(actions.flatten(0, -2))
+        hidden = state + action.unflatten(1, (len(observations), -1))
+        return self.trunk(hidden.flatten(1, 2)).view(2, *actions.shape[:-1])
 
 
 class DiffusionPolicy(nn.Module):
@@ -416,9 +416,9 @@ def denoising_steps(
     return a_t
 
 
-def min_q(critics: nn.ModuleList, observations: Tensor, actions: Tensor) -> Tensor:
-    """min(Q1, Q2), shapes as in `Critic`."""
-    return torch.minimum(*(critic(observations, actions) for critic in critics))
+def min_q(critics: Critics, observations: Tensor, actions: Tensor) -> Tensor:
+    """min(Q1, Q2): observations (B, o) with actions (B, K, d) give (B, K)."""
+    return critics(observations, actions).amin(0)
 
 
 def chunks(batch: int, rows: int, device: torch.device) -> list[slice]:
@@ -472,7 +472,7 @@ class SDAC(nn.Module):
         self.args, self.action_dim = args, action_dim
         self.schedule = Schedule(args.diffusion_steps)
         self.policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_size, args.diffusion_steps)
-        self.critics = nn.ModuleList(Critic(obs_dim, action_dim, args.hidden_size) for _ in range(2))
+        self.critics = Critics(obs_dim, action_dim, args.hidden_size)
         self.log_lambda = nn.Parameter(torch.tensor(math.log(args.lambda_start)))
         self.ema_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.ema_critics = copy.deepcopy(self.critics).requires_grad_(False)
@@ -499,8 +499,8 @@ class SDAC(nn.Module):
         particles = []
         for rows in chunks(*noise.start.shape[:2], state.device):
             a_t = 0.5 * noise.start[rows]  # the official start N(0, 0.5^2); theory says N(0, 1)
-            for end in range(self.args.diffusion_steps, 0, -5):  # five at once: fewer calls, little to compile
-                t = slice(max(end - 5, 0), end)
+            for end in range(self.args.diffusion_steps, 0, -10):  # ten at once: fewer calls, not too long to compile
+                t = slice(max(end - 10, 0), end)
                 coefficients, eps = self.schedule.denoising[t], noise.steps[t, rows]
                 a_t = self.denoising_steps(policy, state[rows], time[t], coefficients, a_t, eps)
             particles.append(a_t)
@@ -529,9 +529,11 @@ class SDAC(nn.Module):
         return self.sample_action(self.ema_policy, observations, noise)
 
     def draw_action_noise(self, batch: int, particles: int, device: torch.device) -> ActionNoise:
-        shape = (batch, particles, self.action_dim)
-        steps = torch.randn(self.args.diffusion_steps, *shape, device=device)
-        return ActionNoise(torch.randn(shape, device=device), steps, torch.randn(batch, self.action_dim, device=device))
+        steps = torch.empty(self.args.diffusion_steps, batch, particles, self.action_dim, device=device)
+        for eps in steps:  # by pieces that stay in the cache
+            eps.normal_()
+        start, exploration = torch.randn_like(steps[0]), torch.randn(batch, self.action_dim, device=device)
+        return ActionNoise(start, steps, exploration)
 
     def draw_update_noise(self, batch: int, train_policy: bool, device: torch.device) -> UpdateNoise:
         args = self.args
@@ -550,17 +552,17 @@ class SDAC(nn.Module):
     def target_values(self, batch: Batch, noise: ActionNoise) -> Tensor:
         """y = r + gamma Q(s', a') with a' from the policy, (B,)."""
         args, observations = self.args, batch.next_observations
-        next_q = min_q(self.ema_critics, observations, self.sample_action(self.policy, observations, noise))
+        next_q = self.ema_critics(observations, self.sample_action(self.policy, observations, noise)).amin(0)
         if args.soft_critic:
             next_q = next_q - self.temperature * exploration_log_prob(noise.exploration, self.exploration_std)
         return critic_target(args.reward_scale * batch.rewards, batch.dones, next_q, args.gamma)
 
     def critic_loss(self, batch: Batch, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared errors of both critics against y (B,)."""
-        q1, q2 = (critic(batch.observations, batch.actions) for critic in self.critics)
-        q1_loss, q2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
-        metrics = {"qf1_values": q1.mean(), "qf2_values": q2.mean(), "qf1_loss": q1_loss, "qf2_loss": q2_loss}
-        return q1_loss + q2_loss, metrics
+        q = self.critics(batch.observations, batch.actions)
+        losses, means = (q - y).square().mean(1), q.mean(1)
+        names = ("qf1_loss", "qf2_loss", "qf1_values", "qf2_values")
+        return losses.sum(), dict(zip(names, (*losses, *means)))
 
     @torch.no_grad()
     def rssm(self, batch: Batch, noise: UpdateNoise) -> tuple[Tensor, Tensor, Tensor]:
@@ -701,9 +703,9 @@ class ReplayBuffer:
 
     def add(self, *transition: np.ndarray) -> None:
         """Add one row per environment; the oldest ones make room."""
-        rows = torch.arange(self.added, self.added + len(transition[0])) % self.size
+        rows = np.arange(self.added, self.added + len(transition[0])) % self.size
         for column, values in zip(self.columns, transition):
-            column[rows] = torch.as_tensor(values, dtype=column.dtype)
+            column.numpy()[rows] = values
         self.added += len(rows)
 
     def sample(self, batch_size: int, device: torch.device) -> Batch:

@@ -171,15 +171,35 @@ def mlp(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
     )
 
 
-class Critic(nn.Module):
-    """Q(s, a): observations (B, o) and actions (B, d) give (B,)."""
+class TwinLinear(nn.Module):
+    """Two linear layers side by side, one of each critic: x (B, i) or (2, B, i) gives (2, B, j), in one batched product.
+
+    `heads` = 1 leaves the second one out.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        bound = in_features**-0.5  # as in nn.Linear
+        self.weight = nn.Parameter(torch.empty(2, in_features, out_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(2, 1, out_features).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, heads: int) -> Tensor:
+        return x.expand(heads, *x.shape[-2:]) @ self.weight[:heads] + self.bias[:heads]
+
+
+class Critics(nn.Module):
+    """Q1 and Q2, or only the first `heads` of them: observations (B, o) and actions (B, d) give (heads, B)."""
 
     def __init__(self, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        self.net = mlp(obs_dim + action_dim, hidden, 1)
+        sizes = (obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)
+        self.layers = nn.ModuleList(TwinLinear(*size) for size in sizes)
 
-    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        return self.net(torch.cat([observations, actions], dim=1)).squeeze(1)
+    def forward(self, observations: Tensor, actions: Tensor, heads: int = 2) -> Tensor:
+        x = torch.cat([observations, actions], dim=1)
+        for layer in self.layers[:-1]:
+            x = layer(x, heads).relu()
+        return self.layers[-1](x, heads).squeeze(2)
 
 
 class Policy(nn.Module):
@@ -213,7 +233,7 @@ class TD3(nn.Module):
         super().__init__()
         self.args, self.action_dim = args, action_dim
         self.policy = Policy(obs_dim, action_dim, args.hidden_size)
-        self.critics = nn.ModuleList(Critic(obs_dim, action_dim, args.hidden_size) for _ in range(2))
+        self.critics = Critics(obs_dim, action_dim, args.hidden_size)
         self.target_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.policy_optimizer = adam(self.policy.parameters(), args.learning_rate)
@@ -242,16 +262,16 @@ class TD3(nn.Module):
         with torch.no_grad():
             next_actions = self.target_policy(batch.next_observations)
             next_actions = smoothed_action(next_actions, eps, args.policy_noise, args.noise_clip)
-            next_q = torch.minimum(*(critic(batch.next_observations, next_actions) for critic in self.target_critics))
+            next_q = self.target_critics(batch.next_observations, next_actions).amin(0)
             y = critic_target(batch.rewards, batch.dones, next_q, args.gamma)
-        q1, q2 = (critic(batch.observations, batch.actions) for critic in self.critics)
-        q1_loss, q2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
-        metrics = {"qf1_values": q1.mean(), "qf2_values": q2.mean(), "qf1_loss": q1_loss, "qf2_loss": q2_loss}
-        return q1_loss + q2_loss, metrics
+        q = self.critics(batch.observations, batch.actions)
+        losses, means = (q - y).square().mean(1), q.mean(1)
+        names = ("qf1_loss", "qf2_loss", "qf1_values", "qf2_values")
+        return losses.sum(), dict(zip(names, (*losses, *means)))
 
     def policy_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Minus the first critic's value of the policy's own actions."""
-        loss = -self.critics[0](batch.observations, self.policy(batch.observations)).mean()
+        loss = -self.critics(batch.observations, self.policy(batch.observations), heads=1).mean()
         return loss, {"actor_loss": loss}
 
     def update(self, batch: Batch, step: int, noise: Tensor | None = None) -> dict[str, Tensor]:
@@ -346,9 +366,9 @@ class ReplayBuffer:
 
     def add(self, *transition: np.ndarray) -> None:
         """Add one row per environment; the oldest ones make room."""
-        rows = torch.arange(self.added, self.added + len(transition[0])) % self.size
+        rows = np.arange(self.added, self.added + len(transition[0])) % self.size
         for column, values in zip(self.columns, transition):
-            column[rows] = torch.as_tensor(values, dtype=column.dtype)
+            column.numpy()[rows] = values
         self.added += len(rows)
 
     def sample(self, batch_size: int, device: torch.device) -> Batch:

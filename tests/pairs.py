@@ -4,49 +4,58 @@ import reference
 import torch
 
 
+def weight_of(part):
+    """Weights as in torch.nn.Linear, outputs x inputs; with two such matrices in the layer, both."""
+    return part.weight if isinstance(part, torch.nn.Linear) else part.weight.mT
+
+
 def layer(*linears):
-    """(weight, bias) of one layer whose input is split over several nn.Linear."""
-    weight = torch.cat([part.weight for part in linears], dim=1)
-    return weight.detach().clone(), linears[0].bias.detach().clone()
+    """(weight, bias) of one layer whose input is split over several."""
+    weight, bias = torch.cat([weight_of(part) for part in linears], dim=-1), linears[0].bias
+    return weight.detach().clone(), (bias if bias.dim() == 1 else bias.squeeze(-2)).detach().clone()
 
 
-def layers(network):
-    """All layers of a plain network."""
-    return [layer(part) for part in network.net if isinstance(part, torch.nn.Linear)]
+def layers(parts):
+    """All linear layers among some modules."""
+    return [layer(part) for part in parts if hasattr(part, "weight")]
 
 
-def trunk_layers(trunk):
-    return [layer(part) for part in trunk if isinstance(part, torch.nn.Linear)]
+def critics(twins):
+    """The layers of both critics."""
+    if hasattr(twins, "trunk"):
+        both = [layer(twins.state, twins.action), *layers(twins.trunk)]
+    else:
+        both = layers(twins.net if hasattr(twins, "net") else twins.layers)
+    return [[(weight[i].clone(), bias[i].clone()) for weight, bias in both] for i in range(2)]
 
 
-def sdac_critic(critic):
-    return [layer(critic.state, critic.action), *trunk_layers(critic.trunk)]
+def plain_policy(policy):
+    return layers(policy.net)
 
 
 def sdac_policy(policy):
     time = [layer(policy.time[0]), layer(policy.time[2])]
-    return time, [layer(policy.state, policy.action, policy.time[3]), *trunk_layers(policy.trunk)]
+    return time, [layer(policy.state, policy.action, policy.time[3]), *layers(policy.trunk)]
 
 
 def qsm_policy(policy):
-    weight = torch.cat([policy.action.weight, policy.state.weight, policy.time[3].weight], dim=1).detach().clone()
-    first = (weight, policy.state.bias.detach().clone())
+    parts = policy.action, policy.state, policy.time[3]
+    first = (torch.cat([weight_of(part) for part in parts], dim=1).detach().clone(), layer(policy.state)[1])
     condition = [layer(policy.time[0]), layer(policy.time[2])]
-    return policy.frequencies.detach().clone(), condition, [first, *trunk_layers(policy.trunk)]
+    return policy.frequencies.detach().clone(), condition, [first, *layers(policy.trunk)]
 
 
 def networks(agent):
     """Everything that an agent learns, in the oracle's form and under the oracle's names."""
     script = type(agent).__name__
-    policy = {"SDAC": sdac_policy, "QSM": qsm_policy}.get(script, layers)
-    critic = sdac_critic if script == "SDAC" else layers
-    result = {"policy": policy(agent.policy), "critics": [critic(c) for c in agent.critics]}
+    policy = {"SDAC": sdac_policy, "QSM": qsm_policy}.get(script, plain_policy)
+    result = {"policy": policy(agent.policy), "critics": critics(agent.critics)}
     for name in ("ema_policy", "target_policy"):
         if hasattr(agent, name):
             result[name] = policy(getattr(agent, name))
     for name in ("ema_critics", "target_critics"):
         if hasattr(agent, name):
-            result[name] = [critic(c) for c in getattr(agent, name)]
+            result[name] = critics(getattr(agent, name))
     for name in ("log_lambda", "log_alpha"):
         if hasattr(agent, name):
             result[name] = getattr(agent, name).detach().clone()

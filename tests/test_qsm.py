@@ -49,19 +49,13 @@ def test_denoising_step_is_ho_et_al(t):
         assert ((result.abs() < 1).float().mean() > 0.2) and (result.abs() == 1).any()
 
 
-class Quadratic(torch.nn.Module):
-    """Q(s, a) = -|a - mu|^2 / 2."""
-
-    def __init__(self, mu):
-        super().__init__()
-        self.mu = mu
-
-    def forward(self, observations, actions):
-        return -((actions - self.mu) ** 2).sum(1) / 2
+def quadratics(*mus):
+    """Critics Q_i(s, a) = -|a - mu_i|^2 / 2."""
+    return lambda observations, actions: torch.stack([-((actions - mu) ** 2).sum(1) / 2 for mu in mus])
 
 
 def sampled_with(sign, mu):
-    schedule, critics = qsm.Schedule(T), torch.nn.ModuleList([Quadratic(mu), Quadratic(mu)])
+    schedule, critics = qsm.Schedule(T), quadratics(mu, mu)
     a_t = torch.randn(4000, 2)
     for t in reversed(range(T)):
         target = sign * qsm.qsm_target(critics, torch.zeros(4000, 1), a_t, 3.0)
@@ -78,7 +72,7 @@ def test_the_target_moves_samples_up_the_critic():
 
 
 def test_target_averages_both_critics_at_the_noised_action():
-    critics = torch.nn.ModuleList([Quadratic(torch.tensor([0.5, 0.0])), Quadratic(torch.tensor([-0.1, 0.6]))])
+    critics = quadratics(torch.tensor([0.5, 0.0]), torch.tensor([-0.1, 0.6]))
     a_t = 2 * torch.randn(6, 2)
     expected = 7.0 * (a_t - torch.tensor([0.2, 0.3]))  # -M_q * (mean of mu - a_t), beyond the box too
     torch.testing.assert_close(qsm.qsm_target(critics, torch.zeros(6, 1), a_t, 7.0), expected)
@@ -126,9 +120,12 @@ def test_acting_equals_the_oracle(explore):
 
 def test_initial_weights():
     policy = qsm.DiffusionPolicy(100, 20, 512, 5)
-    first = torch.cat([policy.action.weight, policy.state.weight, policy.time[3].weight], 1)
-    assert first.shape == (512, 248)
+    first = torch.cat([policy.action.weight, policy.state.weight, policy.time[3].weight])
+    assert first.shape == (248, 512)
     assert first.abs().max().item() == pytest.approx(math.sqrt(6 / (248 + 512)), rel=1e-3)
+    for twin in qsm.Critics(100, 20, 512).net[0].weight:
+        assert twin.shape == (120, 512)
+        assert twin.abs().max().item() == pytest.approx(math.sqrt(6 / (120 + 512)), rel=1e-3)
     assert qsm.DiffusionPolicy(3, 2, 8, 5, time_dim=20_000).frequencies.std().item() == pytest.approx(0.2, rel=0.03)
 
 
@@ -138,12 +135,10 @@ def test_initial_weights():
 WEIGHTS, MEANS, STDS = torch.tensor([0.3, 0.7]), torch.tensor([-0.6, 0.5]), torch.tensor([0.15, 0.25])
 
 
-class Mixture(torch.nn.Module):
-    """Q = log of a Gaussian mixture in one dimension: the wanted policy exp(Q) is that mixture."""
-
-    def forward(self, observations, actions):
-        parts = torch.distributions.Normal(MEANS, STDS).log_prob(actions)
-        return torch.logsumexp(parts + WEIGHTS.log(), dim=1)
+def mixtures(observations, actions):
+    """Two critics alike, Q = log of a Gaussian mixture in one dimension: the wanted policy exp(Q) is that mixture."""
+    parts = torch.distributions.Normal(MEANS, STDS).log_prob(actions)
+    return torch.logsumexp(parts + WEIGHTS.log(), dim=1).expand(2, -1)
 
 
 def exact_noise(a_t, signal, noise):
@@ -162,12 +157,12 @@ def relative_errors(t, steps=100):
     a_0 = (MEANS[component] + STDS[component] * torch.randn(n))[:, None]
     a_t = qsm.forward_sample(schedule, a_0, torch.full((n,), t), torch.randn(n, 1))
     exact = exact_noise(a_t, signal, noise)
-    target = qsm.qsm_target(torch.nn.ModuleList([Mixture(), Mixture()]), torch.zeros(n, 1), a_t, 1.0)
+    target = qsm.qsm_target(mixtures, torch.zeros(n, 1), a_t, 1.0)
     target = target * (target * exact).sum() / (target * target).sum()  # QSM gets the M_q that fits best at this t
     # RSSM: reverse samples on a grid wide enough for the mixture, weighed with N(eps; 0, 1) exp(Q)
     grid = torch.linspace(-2.5, 2.5, 5001)[None]
     eps = (a_t / signal - grid) / (noise / signal)
-    log_weights = Mixture()(None, grid.reshape(-1, 1)).reshape(1, -1) - eps**2 / 2
+    log_weights = mixtures(None, grid.reshape(-1, 1))[:1] - eps**2 / 2
     rssm = (torch.softmax(log_weights, dim=1) * eps).sum(1, keepdim=True)
     return [((x - exact).norm() / exact.norm()).item() for x in (target, rssm)]
 
@@ -183,7 +178,7 @@ def test_qsm_is_biased_on_a_mixture_at_large_t_and_rssm_is_not():
 def test_qsm_is_linear_on_a_quadratic_with_another_slope():
     """For exp(Q) = N(0, I) the exact target is noise_t a_t, QSM's is M_q a_t: no M_q fits all t."""
     schedule, a_t = qsm.Schedule(T), torch.randn(50, 2)
-    critics = torch.nn.ModuleList([Quadratic(torch.zeros(2))] * 2)
+    critics = quadratics(torch.zeros(2), torch.zeros(2))
     target = qsm.qsm_target(critics, torch.zeros(50, 1), a_t, 1.0)
     for t in range(T):
         exact = schedule.noise[t] * a_t / (schedule.signal[t] ** 2 + schedule.noise[t] ** 2)

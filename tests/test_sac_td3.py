@@ -79,6 +79,16 @@ def test_sac_updates_equal_the_oracle():
         assert not torch.equal(value, before[name]), f"{name} never moved"
 
 
+@pytest.mark.parametrize("module", [sac, td3])
+def test_twin_layers_start_like_two_linear_ones(module):
+    layer = module.TwinLinear(400, 500)
+    for values, count in ((layer.weight, 400 * 500), (layer.bias, 500)):
+        assert values.numel() == 2 * count and (values[0] != values[1]).all()
+        for twin in values:
+            assert 0.99 / 20 < twin.abs().max() <= 1 / 20
+            assert twin.std().item() == pytest.approx(1 / 20 / 3**0.5, rel=0.1)
+
+
 def test_sac_policy_loss_leaves_no_gradient_in_the_critics():
     """After an update the critics hold the gradient of their own loss, nothing of the policy's."""
     agent, _ = sac_pair()
@@ -86,9 +96,9 @@ def test_sac_policy_loss_leaves_no_gradient_in_the_critics():
     agent.update(batch, 0, noise)
     with torch.no_grad():
         a, log_prob = sac.squash(*before.policy(batch.next_observations), noise.next_action)
-        q = torch.minimum(*(c(batch.next_observations, a) for c in before.target_critics))
+        q = before.target_critics(batch.next_observations, a).amin(0)
         y = batch.rewards + 0.99 * (1 - batch.dones) * (q - before.log_alpha.exp() * log_prob)
-    loss = sum(((c(batch.observations, batch.actions) - y) ** 2).mean() for c in before.critics)
+    loss = sum(((q - y) ** 2).mean() for q in before.critics(batch.observations, batch.actions))
     expected = torch.autograd.grad(loss, list(before.critics.parameters()))
     for p, g in zip(agent.critics.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)

@@ -267,26 +267,32 @@ def test_collapsed_loss_has_the_gradient_of_the_m_pass_loss():
 
 def test_split_first_layers_equal_concatenated_ones():
     agent, batch, t = sdac.SDAC(4, 2, small_args()), random_batch(sdac), torch.tensor([0, 1, 2, 3, 4, 5, 2])
-    expected = reference.sdac_q(pairs.sdac_critic(agent.critics[0]), batch.observations, batch.actions)
-    torch.testing.assert_close(agent.critics[0](batch.observations, batch.actions), expected, rtol=1e-9, atol=1e-12)
+    both = pairs.critics(agent.critics)
+    expected = torch.stack([reference.sdac_q(critic, batch.observations, batch.actions) for critic in both])
+    torch.testing.assert_close(agent.critics(batch.observations, batch.actions), expected, rtol=1e-9, atol=1e-12)
+    assert (expected[0] - expected[1]).abs().min() > 1e-6
     a_t = torch.randn(7, 2)
     expected = reference.sdac_noise_prediction(pairs.sdac_policy(agent.policy), batch.observations, a_t, t.double())
     torch.testing.assert_close(agent.policy(batch.observations, a_t, t), expected, rtol=1e-9, atol=1e-12)
     actions = torch.randn(7, 5, 2)
-    wide = agent.critics[1](batch.observations, actions)
+    wide = agent.critics(batch.observations, actions)
     for k in range(5):
-        expected = reference.sdac_q(pairs.sdac_critic(agent.critics[1]), batch.observations, actions[:, k])
-        torch.testing.assert_close(wide[:, k], expected, rtol=1e-9, atol=1e-12)
+        expected = torch.stack([reference.sdac_q(critic, batch.observations, actions[:, k]) for critic in both])
+        torch.testing.assert_close(wide[:, :, k], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_initial_weights():
     torch.manual_seed(0)
-    policy = sdac.DiffusionPolicy(100, 20, 256, 20)
-    first = torch.cat([policy.state.weight, policy.action.weight, policy.time[3].weight], 1) * math.sqrt(136)
-    assert first.abs().max() <= 2
-    # a unit normal cut at +-2 has standard deviation 0.8796
-    assert first.std().item() == pytest.approx(0.8796, abs=0.01)
-    assert all((module.bias == 0).all() for module in policy.modules() if getattr(module, "bias", None) is not None)
+    policy, critics = sdac.DiffusionPolicy(100, 20, 256, 20), sdac.Critics(100, 20, 256)
+    first = torch.cat([policy.state.weight, policy.action.weight, policy.time[3].weight]) * math.sqrt(136)
+    twins = torch.cat([critics.state.weight, critics.action.weight], 1) * math.sqrt(120)
+    for unit in (first, *twins, 16 * critics.trunk[1].weight[0], 16 * critics.trunk[1].weight[1]):
+        assert unit.abs().max() <= 2
+        # a unit normal cut at +-2 has standard deviation 0.8796
+        assert unit.std().item() == pytest.approx(0.8796, abs=0.01)
+    assert (twins[0] != twins[1]).all()
+    biased = [m for m in [*policy.modules(), *critics.modules()] if getattr(m, "bias", None) is not None]
+    assert len(biased) == 10 and all((module.bias == 0).all() for module in biased)
 
 
 # The agent
@@ -343,18 +349,15 @@ def test_best_of_n_keeps_the_particle_with_the_largest_min_q(num_particles):
     observations = torch.randn(30, 4)
     noise = agent.draw_action_noise(30, num_particles, torch.device("cpu"))._replace(exploration=torch.zeros(30, 2))
     particles = agent.denoise(agent.policy, observations, noise)
-    q = torch.stack(
-        [torch.stack([c(observations, particles[:, n]) for c in agent.critics]).amin(0) for n in range(num_particles)]
-    )
+    both = torch.stack(
+        [agent.critics(observations, particles[:, n]) for n in range(num_particles)], dim=1
+    )  # (2, N, 30)
+    q = both.amin(0)
     chosen = agent.sample_action(agent.policy, observations, noise)
     for i in range(30):
         torch.testing.assert_close(chosen[i], particles[i, q[:, i].argmax()])
     if num_particles > 1:  # the two critics and their minimum disagree somewhere, so the test can tell them apart
-        single = [
-            torch.stack([c(observations, particles[:, n]) for n in range(num_particles)]).argmax(0)
-            for c in agent.critics
-        ]
-        assert any((best != q.argmax(0)).any() for best in single)
+        assert any((single.argmax(0) != q.argmax(0)).any() for single in both)
 
 
 @pytest.mark.parametrize("start", [0.05, 5.0])
