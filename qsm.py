@@ -225,7 +225,9 @@ class Linear(nn.Module):
     product. The bias is a sum of its own, for torch.compile to fuse with what follows.
     """
 
-    def __init__(self, in_features: int, out_features: int, fan_in: int | None = None, bias: bool = True, copies=()):
+    def __init__(
+        self, in_features: int, out_features: int, fan_in: int | None = None, bias: bool = True, copies: tuple = ()
+    ):
         super().__init__()
         bound = math.sqrt(6 / ((fan_in or in_features) + out_features))
         self.weight = nn.Parameter(torch.empty(*copies, in_features, out_features).uniform_(-bound, bound))

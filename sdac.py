@@ -330,7 +330,9 @@ class Linear(nn.Module):
     product. The bias is a sum of its own, for torch.compile to fuse with the Mish that follows.
     """
 
-    def __init__(self, in_features: int, out_features: int, fan_in: int | None = None, bias: bool = True, copies=()):
+    def __init__(
+        self, in_features: int, out_features: int, fan_in: int | None = None, bias: bool = True, copies: tuple = ()
+    ):
         super().__init__()
         std = (fan_in or in_features) ** -0.5
         self.weight = nn.Parameter(torch.empty(*copies, in_features, out_features))
@@ -356,7 +358,7 @@ class Mish(nn.Module):
         return x - x / (e * (e / 2 + 1) + 1)
 
 
-def trunk(hidden: int, out_features: int, copies=()) -> nn.Sequential:
+def trunk(hidden: int, out_features: int, copies: tuple = ()) -> nn.Sequential:
     """Everything after the first layer. The first one is split by input, W [s; a] = W_s s + W_a a, so that the
     state's share is computed once per state and not once per particle, reverse sample and denoising step."""
     sizes = ((hidden, hidden), (hidden, hidden), (hidden, out_features))

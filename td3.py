@@ -171,35 +171,23 @@ def mlp(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
     )
 
 
-class TwinLinear(nn.Module):
-    """Two linear layers side by side, one of each critic: x (B, i) or (2, B, i) gives (2, B, j), in one batched product.
-
-    `heads` = 1 leaves the second one out.
-    """
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__()
-        bound = in_features**-0.5  # as in nn.Linear
-        self.weight = nn.Parameter(torch.empty(2, in_features, out_features).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(2, 1, out_features).uniform_(-bound, bound))
-
-    def forward(self, x: Tensor, heads: int) -> Tensor:
-        return x.expand(heads, *x.shape[-2:]) @ self.weight[:heads] + self.bias[:heads]
-
-
 class Critics(nn.Module):
-    """Q1 and Q2, or only the first `heads` of them: observations (B, o) and actions (B, d) give (heads, B)."""
+    """Q1 and Q2: observations (B, o) and actions (B, d) give (2, B); with count=1 only Q1, (1, B).
+
+    One batched product per layer serves both, which is faster than a product for each.
+    """
 
     def __init__(self, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        sizes = (obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)
-        self.layers = nn.ModuleList(TwinLinear(*size) for size in sizes)
+        pairs = list(zip(*(mlp(obs_dim + action_dim, hidden, 1)[::2] for _ in range(2))))
+        self.weights = nn.ParameterList(torch.stack([layer.weight.T for layer in pair]) for pair in pairs)
+        self.biases = nn.ParameterList(torch.stack([layer.bias[None] for layer in pair]) for pair in pairs)
 
-    def forward(self, observations: Tensor, actions: Tensor, heads: int = 2) -> Tensor:
-        x = torch.cat([observations, actions], dim=1)
-        for layer in self.layers[:-1]:
-            x = layer(x, heads).relu()
-        return self.layers[-1](x, heads).squeeze(2)
+    def forward(self, observations: Tensor, actions: Tensor, count: int = 2) -> Tensor:
+        x = torch.cat([observations, actions], dim=1).expand(count, -1, -1)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            x = (x.relu() if i else x) @ weight[:count] + bias[:count]
+        return x.squeeze(2)
 
 
 class Policy(nn.Module):
@@ -271,7 +259,7 @@ class TD3(nn.Module):
 
     def policy_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Minus the first critic's value of the policy's own actions."""
-        loss = -self.critics(batch.observations, self.policy(batch.observations), heads=1).mean()
+        loss = -self.critics(batch.observations, self.policy(batch.observations), count=1).mean()
         return loss, {"actor_loss": loss}
 
     def update(self, batch: Batch, step: int, noise: Tensor | None = None) -> dict[str, Tensor]:

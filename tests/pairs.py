@@ -22,10 +22,12 @@ def layers(parts):
 
 def critics(twins):
     """The layers of both critics."""
-    if hasattr(twins, "trunk"):
+    if hasattr(twins, "weights"):  # SAC, TD3
+        both = [(weight.mT.detach(), bias.detach().squeeze(-2)) for weight, bias in zip(twins.weights, twins.biases)]
+    elif hasattr(twins, "net"):  # QSM
+        both = layers(twins.net)
+    else:  # SDAC
         both = [layer(twins.state, twins.action), *layers(twins.trunk)]
-    else:
-        both = layers(twins.net if hasattr(twins, "net") else twins.layers)
     return [[(weight[i].clone(), bias[i].clone()) for weight, bias in both] for i in range(2)]
 
 

@@ -80,13 +80,16 @@ def test_sac_updates_equal_the_oracle():
 
 
 @pytest.mark.parametrize("module", [sac, td3])
-def test_twin_layers_start_like_two_linear_ones(module):
-    layer = module.TwinLinear(400, 500)
-    for values, count in ((layer.weight, 400 * 500), (layer.bias, 500)):
+def test_twin_critics_start_like_two_plain_ones(module):
+    critics = module.Critics(380, 20, 500)
+    for values, fan_in, count in (
+        *zip(critics.weights, (400, 500, 500), (200_000, 250_000, 500)),
+        (critics.biases[0], 400, 500),
+    ):
         assert values.numel() == 2 * count and (values[0] != values[1]).all()
         for twin in values:
-            assert 0.99 / 20 < twin.abs().max() <= 1 / 20
-            assert twin.std().item() == pytest.approx(1 / 20 / 3**0.5, rel=0.1)
+            assert 0.98 < twin.abs().max() * fan_in**0.5 <= 1
+            assert twin.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.1)
 
 
 def test_sac_policy_loss_leaves_no_gradient_in_the_critics():
