@@ -221,17 +221,18 @@ def qsm_target(critics: Callable, observations: Tensor, a_t: Tensor, q_gradient_
 class Linear(nn.Module):
     """x W + b, initialised like the official code's: W Xavier uniform, b = 0.
 
-    With copies=(2,) two layers side by side, one of each critic: x (B, i) or (2, B, i) gives (2, B, j), in one batched
+    With twins=True two layers side by side, one of each critic: x (B, i) or (2, B, i) gives (2, B, j), in one batched
     product. The bias is a sum of its own, for torch.compile to fuse with what follows.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, fan_in: int | None = None, bias: bool = True, copies: tuple = ()
+        self, in_features: int, out_features: int, fan_in: int | None = None, bias: bool = True, twins: bool = False
     ):
         super().__init__()
         bound = math.sqrt(6 / ((fan_in or in_features) + out_features))
-        self.weight = nn.Parameter(torch.empty(*copies, in_features, out_features).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(*copies, 1, out_features)) if bias else None
+        shape = (2, in_features, out_features) if twins else (in_features, out_features)
+        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(*shape[:-2], 1, out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.expand(*self.weight.shape[:-2], *x.shape[-2:])
@@ -253,11 +254,11 @@ class Critics(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
         self.net = nn.Sequential(
-            Linear(obs_dim + action_dim, hidden, copies=(2,)),
+            Linear(obs_dim + action_dim, hidden, twins=True),
             nn.ReLU(),
-            Linear(hidden, hidden, copies=(2,)),
+            Linear(hidden, hidden, twins=True),
             nn.ReLU(),
-            Linear(hidden, 1, copies=(2,)),
+            Linear(hidden, 1, twins=True),
         )
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:

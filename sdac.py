@@ -326,17 +326,18 @@ def denoising_step(coefficients: Tensor, a_t: Tensor, predicted_eps: Tensor, eps
 class Linear(nn.Module):
     """x W + b, initialised like the official library's: W truncated normal of std 1/sqrt(fan_in), b = 0.
 
-    With copies=(2,) two layers side by side, one of each critic: x (B, i) or (2, B, i) gives (2, B, j), in one batched
+    With twins=True two layers side by side, one of each critic: x (B, i) or (2, B, i) gives (2, B, j), in one batched
     product. The bias is a sum of its own, for torch.compile to fuse with the Mish that follows.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, fan_in: int | None = None, bias: bool = True, copies: tuple = ()
+        self, in_features: int, out_features: int, fan_in: int | None = None, bias: bool = True, twins: bool = False
     ):
         super().__init__()
         std = (fan_in or in_features) ** -0.5
-        self.weight = nn.Parameter(torch.empty(*copies, in_features, out_features))
-        self.bias = nn.Parameter(torch.zeros(*copies, 1, out_features)) if bias else None
+        shape = (2, in_features, out_features) if twins else (in_features, out_features)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.zeros(*shape[:-2], 1, out_features)) if bias else None
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -358,11 +359,11 @@ class Mish(nn.Module):
         return x - x / (e * (e / 2 + 1) + 1)
 
 
-def trunk(hidden: int, out_features: int, copies: tuple = ()) -> nn.Sequential:
+def trunk(hidden: int, out_features: int, twins: bool = False) -> nn.Sequential:
     """Everything after the first layer. The first one is split by input, W [s; a] = W_s s + W_a a, so that the
     state's share is computed once per state and not once per particle, reverse sample and denoising step."""
     sizes = ((hidden, hidden), (hidden, hidden), (hidden, out_features))
-    return nn.Sequential(*(layer for size in sizes for layer in (Mish(), Linear(*size, copies=copies))))
+    return nn.Sequential(*(layer for size in sizes for layer in (Mish(), Linear(*size, twins=twins))))
 
 
 class Critics(nn.Module):
@@ -371,9 +372,9 @@ class Critics(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
         fan_in = obs_dim + action_dim
-        self.state = Linear(obs_dim, hidden, fan_in, copies=(2,))
-        self.action = Linear(action_dim, hidden, fan_in, bias=False, copies=(2,))
-        self.trunk = trunk(hidden, 1, copies=(2,))
+        self.state = Linear(obs_dim, hidden, fan_in, twins=True)
+        self.action = Linear(action_dim, hidden, fan_in, bias=False, twins=True)
+        self.trunk = trunk(hidden, 1, twins=True)
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         state, action = self.state(observations)[:, :, None], self.action(actions.flatten(0, -2))
