@@ -64,8 +64,9 @@ import time
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -341,6 +342,7 @@ class QSM(nn.Module):
         self.policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_size, args.diffusion_steps)
         self.critics = Critics(obs_dim, action_dim, args.hidden_size)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        adam = partial(torch.optim.Adam, fused=True, capturable=True)  # one kernel, which a CUDA graph may capture
         self.policy_optimizer = adam(self.policy.parameters(), args.policy_lr)
         self.critic_optimizer = adam(self.critics.parameters(), args.q_lr)
         self.optimizers = [self.policy_optimizer, self.critic_optimizer]
@@ -416,11 +418,6 @@ class QSM(nn.Module):
         progress = (self.policy_steps / self.args.policy_lr_steps).clamp(max=1)
         self.policy_steps += 1
         return self.args.policy_lr * (1 + (math.pi * progress).cos()) / 2
-
-
-def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
-    """Adam in one kernel, which a CUDA graph may capture."""
-    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=True)
 
 
 def compiled(function: Callable, args: Args) -> Callable:

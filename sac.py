@@ -57,8 +57,9 @@ import time
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -159,11 +160,7 @@ RANGES = {
 
 def mlp(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(in_features, hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, out_features),
+        nn.Linear(in_features, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, out_features)
     )
 
 
@@ -238,6 +235,7 @@ class SAC(nn.Module):
         self.critics = Critics(obs_dim, action_dim, args.hidden_size)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
+        adam = partial(torch.optim.Adam, fused=True, capturable=True)  # one kernel, which a CUDA graph may capture
         self.policy_optimizer = adam(self.policy.parameters(), args.policy_lr)
         self.critic_optimizer = adam(self.critics.parameters(), args.q_lr)
         self.alpha_optimizer = adam([self.log_alpha], args.alpha_lr)
@@ -295,11 +293,6 @@ class SAC(nn.Module):
         # Targets
         move_average(self.target_critics, self.critics, self.args.tau)
         return metrics | policy_metrics
-
-
-def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
-    """Adam in one kernel, which a CUDA graph may capture."""
-    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=True)
 
 
 def compiled(function: Callable, args: Args) -> Callable:

@@ -99,8 +99,9 @@ import time
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -480,6 +481,7 @@ class SDAC(nn.Module):
         self.ema_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.ema_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.register_buffer("policy_steps", torch.tensor(0))
+        adam = partial(torch.optim.Adam, fused=True, capturable=True)  # one kernel, which a CUDA graph may capture
         self.policy_optimizer = adam(self.policy.parameters(), args.policy_lr)
         self.critic_optimizer = adam(self.critics.parameters(), args.q_lr)
         self.lambda_optimizer = adam([self.log_lambda], args.lambda_lr)
@@ -632,11 +634,6 @@ class SDAC(nn.Module):
         progress = ((self.policy_steps - begin) / max(end - begin, 1)).clamp(0, 1)
         self.policy_steps += 1
         return self.args.policy_lr + progress * (self.args.policy_lr_end - self.args.policy_lr)
-
-
-def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
-    """Adam in one kernel, which a CUDA graph may capture."""
-    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=True)
 
 
 def compiled(function: Callable, args: Args) -> Callable:

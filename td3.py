@@ -55,8 +55,9 @@ import time
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -64,7 +65,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from gymnasium.wrappers import DtypeObservation, FlattenObservation, RecordVideo, RescaleAction
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
@@ -163,11 +163,7 @@ RANGES = {
 
 def mlp(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(in_features, hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, out_features),
+        nn.Linear(in_features, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, out_features)
     )
 
 
@@ -224,6 +220,7 @@ class TD3(nn.Module):
         self.critics = Critics(obs_dim, action_dim, args.hidden_size)
         self.target_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        adam = partial(torch.optim.Adam, fused=True, capturable=True)  # one kernel, which a CUDA graph may capture
         self.policy_optimizer = adam(self.policy.parameters(), args.learning_rate)
         self.critic_optimizer = adam(self.critics.parameters(), args.learning_rate)
         self.optimizers = [self.policy_optimizer, self.critic_optimizer]
@@ -280,11 +277,6 @@ class TD3(nn.Module):
             move_average(self.target_critics, self.critics, args.tau)
             metrics |= policy_metrics
         return metrics
-
-
-def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
-    """Adam in one kernel, which a CUDA graph may capture."""
-    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=True)
 
 
 def compiled(function: Callable, args: Args) -> Callable:
