@@ -220,10 +220,10 @@ def qsm_target(critics: Callable, observations: Tensor, a_t: Tensor, q_gradient_
 
 
 class Linear(nn.Module):
-    """x W + b, initialised like the official code's: W Xavier uniform, b = 0.
+    """x W + b, (..., i) to (..., j), initialised like the official code's: W Xavier uniform, b = 0. With twins=True a
+    layer for each critic, in one batched product: (2, B, i) to (2, B, j).
 
-    With twins=True two layers side by side, one of each critic: x (B, i) or (2, B, i) gives (2, B, j), in one batched
-    product. The bias is a sum of its own, for torch.compile to fuse with what follows.
+    The bias is a sum of its own, for torch.compile to fuse with what follows.
     """
 
     def __init__(
@@ -236,7 +236,6 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(*shape[:-2], 1, out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.expand(*self.weight.shape[:-2], *x.shape[-2:])
         return x @ self.weight if self.bias is None else x @ self.weight + self.bias
 
 
@@ -244,7 +243,7 @@ class Mish(nn.Module):
     """x tanh(log(1 + e^x)) = x n/(n+2) = x - x/(n/2+1) with n = e^x (e^x + 2), which takes one exponential."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # Beyond 20 the second term is lost in rounding. Its overflow does no harm either, except to gradients.
+        # Above 20 the fraction is lost in rounding; where exp overflows it is 0, as it should be, but its gradient NaN.
         e = (x.clamp(max=20) if torch.is_grad_enabled() else x).exp()
         return x - x / (e * (e / 2 + 1) + 1)
 
@@ -263,7 +262,7 @@ class Critics(nn.Module):
         )
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        return self.net(torch.cat([observations, actions], dim=1)).squeeze(2)
+        return self.net(torch.cat([observations, actions], dim=1).expand(2, -1, -1)).squeeze(2)
 
 
 class DiffusionPolicy(nn.Module):
@@ -638,6 +637,13 @@ def saved_arguments(checkpoint: dict, folder: str, evaluate: bool) -> Args:
     return args
 
 
+def restore(agent: nn.Module, checkpoint: dict, folder: Path) -> None:
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except RuntimeError as error:
+        raise Failure(f"{folder} is of another version of this script: {one_line(error)}") from None
+
+
 def write_whole(path: Path, write) -> None:
     """Write a file beside the old one and move it over it in one step: a crash at any moment leaves a whole file."""
     beside = path.with_name(path.name + ".new")
@@ -766,7 +772,7 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
     step, updates, seconds, evaluations = 0, 0, 0.0, []
     if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
+        restore(agent, checkpoint, folder)
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
         buffer.load_state_dict(checkpoint["buffer"])
@@ -932,7 +938,7 @@ def run(agent_class: type) -> None:
         envs = make_envs(args.env_id, 1)
         agent = agent_class(*sizes(envs), args).to(device)
         envs.close()
-        agent.load_state_dict(checkpoint["agent"])
+        restore(agent, checkpoint, Path(source))
         returns = evaluate(agent.act, args, device, Path(source) / "videos", "evaluate")
         for i, value in enumerate(returns):
             print(f"episode {i}: return {value:.2f}")

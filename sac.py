@@ -172,9 +172,9 @@ class Critics(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        pairs = list(zip(*(mlp(obs_dim + action_dim, hidden, 1)[::2] for _ in range(2))))
-        self.weights = nn.ParameterList(torch.stack([layer.weight.T for layer in pair]) for pair in pairs)
-        self.biases = nn.ParameterList(torch.stack([layer.bias[None] for layer in pair]) for pair in pairs)
+        one, two = (mlp(obs_dim + action_dim, hidden, 1)[::2] for _ in range(2))  # their linear layers
+        self.weights = nn.ParameterList(torch.stack([a.weight.T, b.weight.T]) for a, b in zip(one, two))  # (2, in, out)
+        self.biases = nn.ParameterList(torch.stack([a.bias[None], b.bias[None]]) for a, b in zip(one, two))
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         x = torch.cat([observations, actions], dim=1).expand(2, -1, -1)
@@ -267,7 +267,8 @@ class SAC(nn.Module):
         return losses.sum(), dict(zip(names, (*losses, *means)))
 
     def policy_loss(self, batch: Batch, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Equation (6): entropy and value of the policy's own actions, with noise eps (B, d)."""
+        """Equation (6): entropy and value of the policy's own actions, with noise eps (B, d); equation (7), of the same
+        log pi, is among the metrics."""
         actions, log_prob = squash(*self.policy(batch.observations), eps)
         q = self.critics(batch.observations, actions).amin(0)
         alpha = self.log_alpha.detach().exp()
@@ -287,7 +288,7 @@ class SAC(nn.Module):
         grads, policy_metrics = self.policy_gradients(self.policy_loss, self.policy, batch, noise.action)
         descend(self.policy_optimizer, grads)
 
-        # Temperature: towards the target entropy. Its loss, equation (7), is its own derivative by log alpha
+        # Temperature: towards the target entropy. (7) is exp(log alpha) times a constant, so its own gradient
         descend(self.alpha_optimizer, [policy_metrics["alpha_loss"]])
 
         # Targets
@@ -513,6 +514,13 @@ def saved_arguments(checkpoint: dict, folder: str, evaluate: bool) -> Args:
     return args
 
 
+def restore(agent: nn.Module, checkpoint: dict, folder: Path) -> None:
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except RuntimeError as error:
+        raise Failure(f"{folder} is of another version of this script: {one_line(error)}") from None
+
+
 def write_whole(path: Path, write) -> None:
     """Write a file beside the old one and move it over it in one step: a crash at any moment leaves a whole file."""
     beside = path.with_name(path.name + ".new")
@@ -641,7 +649,7 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
     step, updates, seconds, evaluations = 0, 0, 0.0, []
     if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
+        restore(agent, checkpoint, folder)
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
         buffer.load_state_dict(checkpoint["buffer"])
@@ -807,7 +815,7 @@ def run(agent_class: type) -> None:
         envs = make_envs(args.env_id, 1)
         agent = agent_class(*sizes(envs), args).to(device)
         envs.close()
-        agent.load_state_dict(checkpoint["agent"])
+        restore(agent, checkpoint, Path(source))
         returns = evaluate(agent.act, args, device, Path(source) / "videos", "evaluate")
         for i, value in enumerate(returns):
             print(f"episode {i}: return {value:.2f}")

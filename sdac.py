@@ -325,10 +325,10 @@ def denoising_step(coefficients: Tensor, a_t: Tensor, predicted_eps: Tensor, eps
 
 
 class Linear(nn.Module):
-    """x W + b, initialised like the official library's: W truncated normal of std 1/sqrt(fan_in), b = 0.
+    """x W + b, (..., i) to (..., j), initialised like the official library's: W truncated normal of std 1/sqrt(fan_in),
+    b = 0. With twins=True a layer for each critic, in one batched product: (2, B, i) to (2, B, j).
 
-    With twins=True two layers side by side, one of each critic: x (B, i) or (2, B, i) gives (2, B, j), in one batched
-    product. The bias is a sum of its own, for torch.compile to fuse with the Mish that follows.
+    The bias is a sum of its own, for torch.compile to fuse with the Mish that follows.
     """
 
     def __init__(
@@ -342,9 +342,8 @@ class Linear(nn.Module):
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dim() == 3:
-            y = x.expand(2, *x.shape[-2:]) @ self.weight
-        elif self.weight.shape[1] < 32:  # a CPU is faster at few rows than at few columns
+        if self.weight.dim() == 2 and self.weight.shape[1] < 32:
+            # Transposed: a CPU multiplies faster into few rows than into few columns.
             y = (self.weight.T @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
         else:
             y = x @ self.weight
@@ -355,7 +354,7 @@ class Mish(nn.Module):
     """x tanh(log(1 + e^x)) = x n/(n+2) = x - x/(n/2+1) with n = e^x (e^x + 2), which takes one exponential."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # Beyond 20 the second term is lost in rounding. Its overflow does no harm either, except to gradients.
+        # Above 20 the fraction is lost in rounding; where exp overflows it is 0, as it should be, but its gradient NaN.
         e = (x.clamp(max=20) if torch.is_grad_enabled() else x).exp()
         return x - x / (e * (e / 2 + 1) + 1)
 
@@ -378,8 +377,8 @@ class Critics(nn.Module):
         self.trunk = trunk(hidden, 1, twins=True)
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        state, action = self.state(observations)[:, :, None], self.action(actions.flatten(0, -2))
-        hidden = state + action.unflatten(1, (len(observations), -1))
+        state, action = (x.flatten(0, -2).expand(2, -1, -1) for x in (observations, actions))
+        hidden = self.state(state)[:, :, None] + self.action(action).unflatten(1, (len(observations), -1))
         return self.trunk(hidden.flatten(1, 2)).view(2, *actions.shape[:-1])
 
 
@@ -421,7 +420,7 @@ def denoising_steps(
 
 
 def min_q(critics: Critics, observations: Tensor, actions: Tensor) -> Tensor:
-    """min(Q1, Q2): observations (B, o) with actions (B, K, d) give (B, K)."""
+    """min(Q1, Q2), shapes as in `Critics` but for the 2."""
     return critics(observations, actions).amin(0)
 
 
@@ -535,7 +534,7 @@ class SDAC(nn.Module):
 
     def draw_action_noise(self, batch: int, particles: int, device: torch.device) -> ActionNoise:
         steps = torch.empty(self.args.diffusion_steps, batch, particles, self.action_dim, device=device)
-        for eps in steps:  # by pieces that stay in the cache
+        for eps in steps:  # one by one, since a CPU keeps one step's noise in its cache
             eps.normal_()
         start, exploration = torch.randn_like(steps[0]), torch.randn(batch, self.action_dim, device=device)
         return ActionNoise(start, steps, exploration)
@@ -557,7 +556,7 @@ class SDAC(nn.Module):
     def target_values(self, batch: Batch, noise: ActionNoise) -> Tensor:
         """y = r + gamma Q(s', a') with a' from the policy, (B,)."""
         args, observations = self.args, batch.next_observations
-        next_q = self.ema_critics(observations, self.sample_action(self.policy, observations, noise)).amin(0)
+        next_q = min_q(self.ema_critics, observations, self.sample_action(self.policy, observations, noise))
         if args.soft_critic:
             next_q = next_q - self.temperature * exploration_log_prob(noise.exploration, self.exploration_std)
         return critic_target(args.reward_scale * batch.rewards, batch.dones, next_q, args.gamma)
@@ -854,6 +853,13 @@ def saved_arguments(checkpoint: dict, folder: str, evaluate: bool) -> Args:
     return args
 
 
+def restore(agent: nn.Module, checkpoint: dict, folder: Path) -> None:
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except RuntimeError as error:
+        raise Failure(f"{folder} is of another version of this script: {one_line(error)}") from None
+
+
 def write_whole(path: Path, write) -> None:
     """Write a file beside the old one and move it over it in one step: a crash at any moment leaves a whole file."""
     beside = path.with_name(path.name + ".new")
@@ -982,7 +988,7 @@ def train(agent_class: type, args: Args, folder: Path, checkpoint: dict | None, 
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
     step, updates, seconds, evaluations = 0, 0, 0.0, []
     if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
+        restore(agent, checkpoint, folder)
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
         buffer.load_state_dict(checkpoint["buffer"])
@@ -1148,7 +1154,7 @@ def run(agent_class: type) -> None:
         envs = make_envs(args.env_id, 1)
         agent = agent_class(*sizes(envs), args).to(device)
         envs.close()
-        agent.load_state_dict(checkpoint["agent"])
+        restore(agent, checkpoint, Path(source))
         returns = evaluate(agent.act, args, device, Path(source) / "videos", "evaluate")
         for i, value in enumerate(returns):
             print(f"episode {i}: return {value:.2f}")

@@ -277,13 +277,19 @@ def of_another_script(folder):
     torch.save(checkpoint | {"algorithm": "PPO"}, folder / "checkpoint.pt")
 
 
+def of_another_version(folder):
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    checkpoint["agent"]["policy.old_name"] = checkpoint["agent"].popitem()[1]
+    torch.save(checkpoint, folder / "checkpoint.pt")
+
+
 def some_other_file(folder):
     torch.save({"weights": torch.zeros(3)}, folder / "checkpoint.pt")
 
 
 DAMAGES = [
     half_written, without_arguments, cut_short, a_flipped_bit, other_arguments, broken_arguments, of_another_script,
-    some_other_file,
+    of_another_version, some_other_file,
 ]  # fmt: skip
 
 

@@ -11,7 +11,8 @@ import sdac
 import td3
 
 # More particles and reverse samples than fit one chunk of 1024 rows, so that six states are cut into 2, 2, 2 and
-# 3, 3; eleven denoising steps go in groups of ten and one, and a hidden layer is too wide for the narrow product.
+# 3, 3; eleven denoising steps go in groups of ten and one. 32 hidden units take the wide product, two actions the
+# narrow one.
 SDAC_SIZES = dict(hidden_size=32, num_particles=400, num_reverse_samples=300, diffusion_steps=11)
 
 
