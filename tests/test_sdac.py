@@ -343,6 +343,16 @@ def test_acting_equals_the_oracle_with_the_moving_average_policy(explore):
     assert actions.abs().max() <= 1
 
 
+def test_drawn_noise_is_standard_normal_at_every_step():
+    torch.manual_seed(0)
+    noise = sdac.SDAC(4, 2, small_args()).draw_action_noise(2000, 3, torch.device("cpu"))
+    pieces = [noise.start, *noise.steps, noise.exploration]
+    for i, eps in enumerate(pieces):
+        n = eps.numel()
+        assert eps.mean().abs() < 5 / n**0.5 and (eps.square().mean() - 1).abs() < 5 * (2 / n) ** 0.5
+        assert all((eps.flatten()[:100] != other.flatten()[:100]).all() for other in pieces[:i])
+
+
 @pytest.mark.parametrize("num_particles", [1, 8])
 def test_best_of_n_keeps_the_particle_with_the_largest_min_q(num_particles):
     agent = sdac.SDAC(4, 2, small_args(num_particles=num_particles))
