@@ -293,7 +293,10 @@ class DiffusionPolicy(nn.Module):
         return self.time(torch.cat([angles.cos(), angles.sin()], dim=1))
 
     def forward(self, observations: Tensor, a_t: Tensor, t: Tensor) -> Tensor:
-        return self.trunk(self.action(a_t) + self.state(observations) + F.embedding(t, self.times()))
+        times = self.times()
+        # A product, as the compiled gradient of a look-up adds up in the order in which threads happen to come.
+        time = F.one_hot(t, len(times)).to(times.dtype) @ times
+        return self.trunk(self.action(a_t) + self.state(observations) + time)
 
 
 def denoising_steps(

@@ -402,7 +402,10 @@ class DiffusionPolicy(nn.Module):
         self.trunk = trunk(hidden, action_dim)
 
     def forward(self, observations: Tensor, a_t: Tensor, t: Tensor) -> Tensor:
-        return self.trunk(self.state(observations) + self.action(a_t) + F.embedding(t, self.time(self.sinusoids)))
+        times = self.time(self.sinusoids)
+        # A product, as the compiled gradient of a look-up adds up in the order in which threads happen to come.
+        time = F.one_hot(t, len(times)).to(times.dtype) @ times
+        return self.trunk(self.state(observations) + self.action(a_t) + time)
 
 
 def denoising_steps(
