@@ -1,5 +1,7 @@
 """The fast paths give the same numbers: torch.compile, chunks of states, groups of denoising steps."""
 
+import copy
+
 import pairs
 import pytest
 import torch
@@ -26,11 +28,12 @@ def compiler_on():
     torch.set_default_dtype(torch.float32)
 
 
-def make(script, compile):
+def make(script, compile, **sizes):
     """A small agent whose averages and targets differ from the online networks, and its module."""
-    sizes = {"sdac": SDAC_SIZES | {"lambda_frequency": 3}, "qsm": {"hidden_size": 16, "diffusion_steps": 6}}
+    usual = {"sdac": SDAC_SIZES | {"lambda_frequency": 3}, "qsm": {"hidden_size": 16, "diffusion_steps": 6}}
     module, name = {"sdac": (sdac, "SDAC"), "qsm": (qsm, "QSM"), "sac": (sac, "SAC"), "td3": (td3, "TD3")}[script]
-    agent = getattr(module, name)(4, 2, module.Args(compile=compile, tau=0.1, **sizes.get(script, {"hidden_size": 16})))
+    sizes = sizes or usual.get(script, {"hidden_size": 16})
+    agent = getattr(module, name)(4, 2, module.Args(compile=compile, tau=0.1, **sizes))
     scatter(agent.ema_critics if script == "sdac" else agent.target_critics)
     return module, agent
 
@@ -46,8 +49,8 @@ def test_fast_updates_equal_the_oracle(script, compile, dtype, rtol, atol):
     oracle = pairs.oracle(agent)
     for step in range(3):
         batch = random_batch(module, size=6)
-        delay = (step % 2 == 0,) if script == "sdac" else ()
-        noise = agent.draw_update_noise(6, *delay, torch.device("cpu"))
+        train_policy = (step % 2 == 0,) if script == "sdac" else ()
+        noise = agent.draw_update_noise(6, *train_policy, torch.device("cpu"))
         agent.update(batch, step, noise)
         oracle.update(batch, step, noise)
         pairs.assert_same(agent, oracle, rtol, atol)
@@ -62,6 +65,29 @@ def test_compiled_actions_equal_plain_ones():
         torch.manual_seed(1)
         actions.append(agent.act(observations, explore=True))
     torch.testing.assert_close(*actions, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("script", ["sdac", "qsm", "sac", "td3"])
+def test_two_threads_repeat_a_compiled_update_to_the_last_digit(script):
+    """Numbers summed in the order in which threads happen to come would round differently now and then."""
+    threads, particles = torch.get_num_threads(), {"num_particles": 4} if script == "sdac" else {}
+    torch.set_num_threads(2)
+    try:
+        module, agent = make(script, compile=True, hidden_size=64, **particles)
+        train_policy = (True,) if script == "sdac" else ()
+        batch, noise = random_batch(module, 256), agent.draw_update_noise(256, *train_policy, torch.device("cpu"))
+        agent.update(batch, 0, noise)
+        parts = [agent, *agent.optimizers]
+        states, results = [copy.deepcopy(part.state_dict()) for part in parts], []
+        for _ in range(30):
+            for part, state in zip(parts, states):
+                part.load_state_dict(copy.deepcopy(state))
+            agent.update(batch, 0, noise)
+            results.append(torch.cat([value.detach().flatten() for value in agent.parameters()]))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert not any(torch.equal(states[0][name], value) for name, value in agent.named_parameters())
 
 
 def test_mish_is_mish_and_stays_finite():
