@@ -641,7 +641,9 @@ class SDAC(nn.Module):
 def compiled(function: Callable, args: Args) -> Callable:
     """The function under torch.compile, or as it is with --no-compile."""
     torch._dynamo.config.trace_autograd_ops = True  # let it see gradients(), forward and backward pass, as one
-    return torch.compile(function, dynamic=False) if args.compile else function
+    # Between kernels a CPU would wait for Python instead of C++; and a multiply-add may be one instruction.
+    options = {"cpp_wrapper": not torch.cuda.is_available(), "cpp.enable_floating_point_contract_flag": "fast"}
+    return torch.compile(function, dynamic=False, options=options) if args.compile else function
 
 
 def gradients(loss: Callable, network: nn.Module, *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
@@ -934,10 +936,10 @@ class CUDAGraphs:
         return result
 
 
-def compiler_works(device: torch.device) -> bool:
+def compiler_works(args: Args, device: torch.device) -> bool:
     """Whether torch.compile finds what it needs: a C++ compiler for the CPU, Triton for CUDA."""
     try:
-        torch.compile(torch.sin)(torch.ones(2, device=device))
+        compiled(torch.sin, args)(torch.ones(2, device=device))
     except Exception as error:
         print(f"running without torch.compile, which fails here: {one_line(error)}", flush=True)
         return False
@@ -1150,7 +1152,7 @@ def run(agent_class: type) -> None:
         if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
             raise Failure("--track: not logged in to W&B; run `wandb login`, or set WANDB_MODE=offline")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if args.compile and not compiler_works(device):
+    if args.compile and not compiler_works(args, device):
         args = dataclasses.replace(args, compile=False)
 
     if args.evaluate:
