@@ -920,6 +920,7 @@ def on_signal(number: int, frame: object) -> None:
 
 
 def run(agent_class: type) -> None:
+    torch.set_flush_denormal(True)  # a CPU is slow with numbers below 1e-38; threads started from now on inherit this
     warnings.filterwarnings("ignore", module="gymnasium")  # out-of-date versions, precision of bounds
     warnings.filterwarnings("ignore", message=".*constructed with capturable=True")  # not every step is captured
     args = parse_arguments()

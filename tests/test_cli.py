@@ -43,7 +43,8 @@ def inside(tmp_path, monkeypatch, capsys):
         out, err = capsys.readouterr()
         return SimpleNamespace(returncode=stop.value.code, stdout=out, stderr=err)
 
-    return inside
+    yield inside
+    torch.set_flush_denormal(False)  # as it was before
 
 
 def short(script, env_id="Hopper-v4"):

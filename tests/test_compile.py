@@ -1,10 +1,13 @@
 """The fast paths give the same numbers: torch.compile, chunks of states, groups of denoising steps."""
 
 import copy
+import subprocess
+import sys
 
 import pairs
 import pytest
 import torch
+from conftest import ROOT, environment
 from pairs import random_batch, scatter
 
 import qsm
@@ -113,6 +116,24 @@ def test_a_compiled_run(run, tmp_path):
     process = run("sdac", *options.split(), TORCH_COMPILE_DISABLE="0")
     assert process.returncode == 0, process.stderr
     assert "torch.compile" not in process.stdout + process.stderr and "Warning" not in process.stderr
+
+
+def test_all_threads_of_a_run_flush_denormal_numbers(tmp_path):
+    """On Humanoid-v4 they come up by the hundreds, in exponentials and in averages of gradients that have vanished."""
+    code = """
+import sac, sys, torch
+class Probe(sac.SAC):
+    def update(self, *arguments):
+        print("left:", (torch.full((1_000_000,), 1e-39) * 1).count_nonzero().item())
+        return super().update(*arguments)
+sys.argv[1:] = "--env-id Hopper-v4 --total-timesteps 30 --learning-starts 29 --eval-episodes 1 --no-compile".split()
+sac.main(Probe)
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="2"),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert "left: 0\n" in process.stdout, process.stdout + process.stderr
 
 
 def test_without_a_compiler_one_line_says_so(run, tmp_path):
