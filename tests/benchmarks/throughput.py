@@ -168,7 +168,7 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    torch.set_flush_denormal(True)  # as the scripts do; it matters in their training loop alone
+    torch.set_flush_denormal(True)  # as the scripts do
     device = torch.device(options.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {device.type}: {name}\n")
