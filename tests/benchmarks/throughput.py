@@ -11,10 +11,12 @@ peak memory of a process that updates from a full buffer of 1,000,000 transition
 update needs, and the rate at which it gets done beside the rate of the same matrix products alone.
 
 Each script updates from random transitions of the task's sizes with its default arguments, and draws its own noise;
-the oracle is given noise, and always samples the policy twice, as the official code does. Run nothing else meanwhile.
+the oracle is given noise, and always samples the policy twice, as the official code does. Every row has a process of
+its own. Run nothing else meanwhile.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import importlib
 import io
@@ -110,7 +112,13 @@ def loop(script, task, device, updates):
     return envs * (len(sampled) - 1 - first) / elapsed, outside
 
 
-def fresh_process(script, task, device, queue):
+def in_new_process(function, *arguments):
+    """Its result. No row inherits the heap and the compiled functions of another one."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def start(script, task, device):
     """Seconds of the first update, and peak memory after 20 updates from a full buffer."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
@@ -127,7 +135,7 @@ def fresh_process(script, task, device, queue):
         buffer.added = buffer.size
         for step in range(20):
             agent.update(buffer.sample(agent.args.batch_size, device), step)
-        queue.put((first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9))
+        return first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def sdac_gflop(obs_dim, d, args):
@@ -161,6 +169,40 @@ def matrix_products(d, h, device):
     return {"square": square, "step": step}, gflop
 
 
+def row(script, task, device, rounds):
+    """Cells of the table but for those of `start`, and for SDAC a note on its arithmetic."""
+    torch.set_flush_denormal(True)  # as the scripts do
+    device = torch.device(device)
+    module, fast, batch = make(script, task, device)
+    _, plain, _ = make(script, task, device, compile=False)
+    functions = {"fast": updater(module, fast, batch, device), "plain": updater(module, plain, batch, device)}
+    updates = dict.fromkeys(functions, 4 if script == "sdac" else 100)
+    if device.type == "cpu":  # the oracle is written for the CPU
+        functions["oracle"] = oracle_updater(plain, batch, device)
+        updates["oracle"] = 2 if script == "sdac" else 20
+    if script == "sdac":  # about an update's worth of matrix products in each round
+        products, gflop = matrix_products(SIZES[task][1], fast.args.hidden_size, device)
+        functions |= products
+        updates |= {"square": 600, "step": 300}
+    seconds = seconds_per_update(functions, updates, rounds, device)
+    oracle = seconds.get("oracle", float("nan"))
+    steps, outside = loop(script, task, device, 40 if script == "sdac" else 1000)
+    cells = [f"`{script}.py`", task]
+    cells += [f"{1 / seconds['fast']:.3g}", f"{1 / seconds['plain']:.3g}", f"{1 / oracle:.3g}"]
+    cells += [f"{oracle / seconds['fast']:.2f}", f"{oracle / seconds['plain']:.2f}", f"{steps:.3g}"]
+    cells += ["" if outside is None else f"{100 * outside:.0f} %"]
+    if script != "sdac":
+        return cells, ""
+    needed = sdac_gflop(*SIZES[task], fast.args)
+    rates = {name: gflop[name] / seconds[name] for name in gflop}
+    rate, h = needed / seconds["fast"], fast.args.hidden_size
+    return cells, (
+        f"SDAC, {task}: {needed:.0f} GFLOP per update at {rate:.0f} GFLOP/s. In the same rounds the matrix "
+        f"products of a denoising step alone ran at {rates['step']:.0f} ({rate / rates['step']:.0%}), "
+        f"those of {h} x {h} weights at {rates['square']:.0f} ({rate / rates['square']:.0%}).\n"
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scripts", nargs="+", choices=AGENTS, default=list(AGENTS))
@@ -168,53 +210,21 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    torch.set_flush_denormal(True)  # as the scripts do
-    device = torch.device(options.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {device.type}: {name}\n")
+    cuda = options.device == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {options.device}: {name}\n")
     print(
         "| script | task | updates/s | plain | oracle | ratio | plain ratio | steps/s | outside | first s | peak GB |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    notes = []
+    notes = ""
     for script in options.scripts:
         for task in options.tasks:
-            queue = multiprocessing.get_context("spawn").Queue()
-            child = multiprocessing.get_context("spawn").Process(
-                target=fresh_process, args=(script, task, options.device, queue)
-            )
-            child.start()
-            first, memory = queue.get()
-            child.join()
-            module, fast, batch = make(script, task, device)
-            _, plain, _ = make(script, task, device, compile=False)
-            functions = {"fast": updater(module, fast, batch, device), "plain": updater(module, plain, batch, device)}
-            updates = dict.fromkeys(functions, 4 if script == "sdac" else 100)
-            if device.type == "cpu":  # the oracle is written for the CPU
-                functions["oracle"] = oracle_updater(plain, batch, device)
-                updates["oracle"] = 2 if script == "sdac" else 20
-            if script == "sdac":  # about an update's worth of matrix products in each round
-                products, gflop = matrix_products(SIZES[task][1], fast.args.hidden_size, device)
-                functions |= products
-                updates |= {"square": 600, "step": 300}
-            seconds = seconds_per_update(functions, updates, options.rounds, device)
-            oracle = seconds.get("oracle", float("nan"))
-            steps, outside = loop(script, task, device, 40 if script == "sdac" else 1000)
-            cells = [f"`{script}.py`", task]
-            cells += [f"{1 / seconds['fast']:.3g}", f"{1 / seconds['plain']:.3g}", f"{1 / oracle:.3g}"]
-            cells += [f"{oracle / seconds['fast']:.2f}", f"{oracle / seconds['plain']:.2f}", f"{steps:.3g}"]
-            cells += ["" if outside is None else f"{100 * outside:.0f} %", f"{first:.0f}", f"{memory:.1f}"]
-            print(f"| {' | '.join(cells)} |", flush=True)
-            if script == "sdac":
-                needed = sdac_gflop(*SIZES[task], fast.args)
-                rates = {name: gflop[name] / seconds[name] for name in gflop}
-                rate, h = needed / seconds["fast"], fast.args.hidden_size
-                notes.append(
-                    f"SDAC, {task}: {needed:.0f} GFLOP per update at {rate:.0f} GFLOP/s. In the same rounds the matrix "
-                    f"products of a denoising step alone ran at {rates['step']:.0f} ({rate / rates['step']:.0%}), "
-                    f"those of {h} x {h} weights at {rates['square']:.0f} ({rate / rates['square']:.0%})."
-                )
-    print("\n" + "\n".join(notes))
+            first, memory = in_new_process(start, script, task, options.device)
+            cells, note = in_new_process(row, script, task, options.device, options.rounds)
+            print(f"| {' | '.join([*cells, f'{first:.0f}', f'{memory:.1f}'])} |", flush=True)
+            notes += note
+    print(f"\n{notes}", end="")
 
 
 if __name__ == "__main__":
