@@ -2,14 +2,13 @@
 """Reverse Sampling Score Matching (RSSM) on two-dimensional densities, beside four other samplers.
 
 Section 5.1 of Ma, Chen, Wang, Li, Dai: "Efficient Online Reinforcement Learning for Diffusion Policy", ICML 2025,
-arXiv 2502.00361: learn to sample a density pi(a) ∝ exp(-E(a)) from its energy E alone. No environment, no critic; only
-the loss. All densities live on the box [-1, 1]^2, and a_t = sqrt(abar_t) a_0 + sqrt(1-abar_t) eps noises them.
+arXiv 2502.00361: learn to sample a density pi(a) ∝ exp(-E(a)) from its energy E alone. No environment, no critic;
+only the loss. All densities live on the box [-1, 1]^2, and a_t = sqrt(abar_t) a_0 + sqrt(1-abar_t) eps noises them.
 
     rssm      eps_theta(a_t, t) regresses on sum_k w_k eps_k, w = softmax(-E(a_0^k)), over reverse samples
               a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k inside the box. The proposal of a_t is a noised
               uniform point of the box. Energies only. (The derivation is in sdac.py.)
-    dsm       denoising score matching: eps_theta regresses on the eps that noised a *true sample* of pi. It may cheat,
-              and so is the upper bound.
+    dsm       denoising score matching: eps_theta regresses on the eps that noised a *true sample* of pi: it may cheat.
     idem      iterated denoising energy matching (Akhound-Sadegh et al., 2024, arXiv 2402.06121): x_s = a + s z; the
               score of the noised density is regressed on sum_k w_k (-∇E)(x_k), w = softmax(-E(x_k)), K samples
               x_k ~ N(x_s, s^2 I), at noised samples of the model itself. Energies and their gradients.
@@ -42,22 +41,20 @@ Usage:
 #     "torch==2.13.0",
 #     "numpy==2.4.6",
 #     "tyro==1.0.17",
+#     "pydantic==2.14.3",
 #     "matplotlib==3.11.2",
 # ]
 # ///
 from __future__ import annotations
 
-import contextlib
 import csv
-import io
 import json
 import math
 import resource
-import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import matplotlib
 
@@ -67,8 +64,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+Count = Annotated[int, Field(ge=1)]
 Method = Literal["rssm", "dsm", "idem", "langevin", "fab", "qsm"]
 
 
@@ -76,33 +76,22 @@ Method = Literal["rssm", "dsm", "idem", "langevin", "fab", "qsm"]
 class Args:
     target: Literal["gmm", "moons", "rings"] = "gmm"
     """density to sample"""
-    methods: tuple[Method, ...] = ("rssm",)
+    methods: Annotated[tuple[Method, ...], Field(min_length=1)] = ("rssm",)
     """one or more of rssm, dsm, idem, langevin, fab, qsm"""
-    seed: int = 1
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     """seed of everything random"""
-    samples: int = 50_000
+    samples: Count = 50_000
     """samples drawn from each method for the metrics"""
-    iterations: int = 2500
-    """gradient steps of rssm and dsm"""
-    batch_size: int = 256
+    iterations: Count = 2500
+    """gradient steps of rssm, dsm and qsm"""
+    batch_size: Count = 256
     """noised points in each of them"""
-    num_reverse_samples: int = 256
+    num_reverse_samples: Count = 256
     """M of rssm"""
-    diffusion_steps: int = 100
-    """denoising steps T of rssm and dsm"""
-    hidden_size: int = 128
+    diffusion_steps: Annotated[int, Field(ge=2)] = 100
+    """denoising steps T of rssm, dsm and qsm"""
+    hidden_size: Count = 128
     """width of the three hidden layers of the score networks"""
-
-
-RANGES = {
-    "seed": (0, 2**31 - 1),
-    "samples": (1, 10**7),
-    "iterations": (1, 10**7),
-    "batch_size": (1, 10**6),
-    "num_reverse_samples": (1, 10**6),
-    "diffusion_steps": (2, 10_000),
-    "hidden_size": (1, 10_000),
-}  # argument: smallest and largest value
 
 
 # Densities ------------------------------------------------------------------------------------------
@@ -200,24 +189,25 @@ def make_target(name: str) -> Target:
 
 
 class Schedule:
-    """Noise schedule with sqrt(1/abar_t - 1), the `spread` of reverse samples, geometric from 0.01 to 10, t = 0..T-1.
-
-    Tables (T,): signal = sqrt(abar), noise = sqrt(1-abar), spread, and the DDPM posterior's mean_a0, mean_at, std.
-    """
+    """Noise schedule whose standard deviation of reverse sampling, sqrt(1/abar_t - 1), is geometric from 0.01 to 10,
+    t = 0..T-1. Tables (T,): sqrt_abar, sqrt_1m_abar, reverse_std, and the DDPM posterior's mean_a0, mean_at, std."""
 
     def __init__(self, steps: int):
-        spread = torch.logspace(-2, 1, steps, dtype=torch.float64)
-        abar = 1 / (1 + spread**2)
-        before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-        noise2, noise2_before = (
-            spread**2 * abar,
-            torch.cat([torch.zeros(1, dtype=torch.float64), (spread**2 * abar)[:-1]]),
-        )
-        beta = (noise2 - noise2_before) / before  # 1 - abar_t / abar_{t-1}
-        self.signal, self.noise, self.spread = abar.sqrt().float(), noise2.sqrt().float(), spread.float()
-        self.mean_a0 = (beta * before.sqrt() / noise2).float()
-        self.mean_at = (noise2_before * (abar / before).sqrt() / noise2).float()
-        self.std = (beta * noise2_before / noise2).sqrt().float()
+        reverse_std = torch.logspace(-2, 1, steps, dtype=torch.float64)
+        abar = 1 / (1 + reverse_std**2)
+        one_minus_abar = reverse_std**2 * abar
+        abar_before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        one_minus_before = torch.cat([torch.zeros(1, dtype=torch.float64), one_minus_abar[:-1]])
+        beta = (one_minus_abar - one_minus_before) / abar_before  # 1 - abar_t / abar_{t-1}
+        self.sqrt_abar, self.sqrt_1m_abar = abar.sqrt().float(), one_minus_abar.sqrt().float()
+        self.reverse_std = reverse_std.float()
+        self.mean_a0 = (beta * abar_before.sqrt() / one_minus_abar).float()
+        self.mean_at = (one_minus_before * (abar / abar_before).sqrt() / one_minus_abar).float()
+        self.std = (beta * one_minus_before / one_minus_abar).sqrt().float()
+
+    def noised(self, a_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """a_t (n, 2) for a_0 and eps (n, 2) and t (n,)."""
+        return self.sqrt_abar[t, None] * a_0 + self.sqrt_1m_abar[t, None] * eps
 
 
 class ScoreNetwork(nn.Module):
@@ -226,10 +216,9 @@ class ScoreNetwork(nn.Module):
     def __init__(self, hidden: int):
         super().__init__()
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(4))
-        self.net = nn.Sequential(
-            nn.Linear(3 * 9, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-            nn.Linear(hidden, 2),
-        )  # fmt: skip
+        sizes = (3 * 9, hidden), (hidden, hidden), (hidden, hidden)
+        layers = (layer for size in sizes for layer in (nn.Linear(*size), nn.SiLU()))
+        self.net = nn.Sequential(*layers, nn.Linear(hidden, 2))
 
     def forward(self, a: Tensor, time: Tensor) -> Tensor:
         x = torch.cat([a, time], dim=1)
@@ -237,95 +226,93 @@ class ScoreNetwork(nn.Module):
         return self.net(torch.cat([x, angles.sin(), angles.cos()], dim=1))
 
 
-def bounded_noise(mean: Tensor, spread: Tensor, eps: Tensor) -> Tensor:
-    """Noise from eps ~ N(0, I) through the monotone map to the truncated normal with mean - spread noise in [-1, 1]."""
-    low, high = (mean - 1) / spread, (mean + 1) / spread
-    sign = torch.where(low + high > 0, -1.0, 1.0)  # the distribution function is accurate in its lower tail only
-    low, high = torch.where(sign < 0, -high, low), torch.where(sign < 0, -low, high)
-    cdf = lambda x: 0.5 * torch.erfc(-x * math.sqrt(0.5))  # noqa: E731
-    truncated = torch.special.ndtri(cdf(low) + cdf(sign * eps) * (cdf(high) - cdf(low)))
-    return sign * torch.minimum(torch.maximum(truncated, low), high)
+def normal_cdf(x: Tensor) -> Tensor:
+    return torch.erfc(-x * math.sqrt(0.5)) / 2
 
 
-def rssm_target(energy, a_t: Tensor, signal: Tensor, spread: Tensor, eps: Tensor) -> Tensor:
+def bounded_noise(mean: Tensor, std: Tensor, u: Tensor) -> Tensor:
+    """Noise from the truncated normal with mean - std noise in [-1, 1], by inversion from uniform numbers u."""
+    low, high = (mean - 1) / std, (mean + 1) / std
+    below, above = normal_cdf(low), normal_cdf(-high)  # Phi is accurate in its lower tail only, so use both of them
+    inside = torch.where(low > 0, normal_cdf(-low) - above, normal_cdf(high) - below)
+    left, right = below + u * inside, above + (1 - u) * inside  # these add up to 1
+    eps = torch.special.ndtri(torch.minimum(left, right).clamp(min=torch.finfo(u.dtype).tiny))
+    return torch.where(left < right, eps, -eps).clamp(low, high)
+
+
+def rssm_target(energy: Callable, schedule: Schedule, a_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
     """Regression target of RSSM: sum_k w_k eps_k with w = softmax(-E(a_0^k)).
 
-    a_t (n, 2), signal and spread (n, 1), eps (n, M, 2) standard normal. Returns (n, 2).
+    a_t (n, 2), t (n,), u (n, M, 2) uniform. Returns (n, 2).
     """
-    mean, spread = (a_t / signal)[:, None], spread[:, None]
-    eps = bounded_noise(mean, spread, eps)
-    weights = torch.softmax(-energy(mean - spread * eps), dim=1)
+    mean, std = (a_t / schedule.sqrt_abar[t, None])[:, None], schedule.reverse_std[t, None, None]
+    eps = bounded_noise(mean, std, u)
+    weights = torch.softmax(-energy(mean - std * eps), dim=1)
     return (weights[..., None] * eps).sum(1)
 
 
 @torch.no_grad()
 def denoise(network: ScoreNetwork, schedule: Schedule, n: int) -> Tensor:
     """(n, 2) samples by DDPM from N(0, I), the predicted a_0 clipped to the box."""
-    steps, a = len(schedule.signal), torch.randn(n, 2)
+    steps, a = len(schedule.std), torch.randn(n, 2)
     for t in reversed(range(steps)):
         eps = network(a, torch.full((n, 1), (t + 1) / steps))
-        a_0 = (a / schedule.signal[t] - schedule.spread[t] * eps).clamp(-1, 1)
+        a_0 = (a / schedule.sqrt_abar[t] - schedule.reverse_std[t] * eps).clamp(-1, 1)
         a = schedule.mean_a0[t] * a_0 + schedule.mean_at[t] * a + schedule.std[t] * torch.randn(n, 2)
     return a
 
 
-def train_score(target: Target, args: Args, draw) -> tuple[ScoreNetwork, Schedule]:
-    """Fit eps_theta to draw(t, schedule) -> a_t, regression target, both (batch, 2)."""
-    network, schedule = ScoreNetwork(args.hidden_size), Schedule(args.diffusion_steps)
+def train_score(args: Args, draw: Callable) -> tuple[Tensor, Callable]:
+    """Fit eps_theta to draw(schedule, t) -> a_t and regression target, both (batch, 2). Returns samples, and the score
+    at a noise of about 0.16 as a function (n, 2) -> (n, 2)."""
+    network, schedule, steps = ScoreNetwork(args.hidden_size), Schedule(args.diffusion_steps), args.diffusion_steps
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.iterations)
     for _ in range(args.iterations):
-        t = torch.randint(args.diffusion_steps, (args.batch_size,))
-        a_t, regression_target = draw(t, schedule)
-        loss = F.mse_loss(network(a_t, (t[:, None] + 1) / args.diffusion_steps), regression_target)
+        t = torch.randint(steps, (args.batch_size,))
+        a_t, regression_target = draw(schedule, t)
+        loss = F.mse_loss(network(a_t, (t[:, None] + 1) / steps), regression_target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         decay.step()
-    return network, schedule
+
+    def score(a: Tensor, t: int = int(0.4 * steps)) -> Tensor:
+        return -network(a, torch.full((len(a), 1), (t + 1) / steps)) / schedule.sqrt_1m_abar[t]
+
+    parts = torch.arange(args.samples).split(10_000)
+    return torch.cat([denoise(network, schedule, len(part)) for part in parts]), score
 
 
-def run_rssm(target: Target, args: Args):
-    def draw(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        a_0 = 2 * torch.rand(len(t), 2) - 1
-        a_t = schedule.signal[t, None] * a_0 + schedule.noise[t, None] * torch.randn(len(t), 2)
-        eps = torch.randn(len(t), args.num_reverse_samples, 2)
-        return a_t, rssm_target(target.energy, a_t, schedule.signal[t, None], schedule.spread[t, None], eps)
+def run_rssm(target: Target, args: Args) -> tuple[Tensor, Callable]:
+    def draw(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+        a_t = schedule.noised(2 * torch.rand(len(t), 2) - 1, t, torch.randn(len(t), 2))
+        u = torch.rand(len(t), args.num_reverse_samples, 2)
+        return a_t, rssm_target(target.energy, schedule, a_t, t, u)
 
-    return diffusion_results(*train_score(target, args, draw), args)
+    return train_score(args, draw)
 
 
-def run_dsm(target: Target, args: Args):
-    def draw(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+def run_dsm(target: Target, args: Args) -> tuple[Tensor, Callable]:
+    def draw(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
         eps = torch.randn(len(t), 2)
-        return schedule.signal[t, None] * target.sample(len(t)) + schedule.noise[t, None] * eps, eps
+        return schedule.noised(target.sample(len(t)), t, eps), eps
 
-    return diffusion_results(*train_score(target, args, draw), args)
-
-
-def run_qsm(target: Target, args: Args):
-    def draw(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        a_0 = 2 * torch.rand(len(t), 2) - 1
-        a_t = schedule.signal[t, None] * a_0 + schedule.noise[t, None] * torch.randn(len(t), 2)
-        return a_t, schedule.noise[t, None] * target.energy_gradient(a_t)[1]
-
-    return diffusion_results(*train_score(target, args, draw), args)
+    return train_score(args, draw)
 
 
-def diffusion_results(network: ScoreNetwork, schedule: Schedule, args: Args):
-    """Samples, and the score at a moderate noise level as a function (n, 2) -> (n, 2)."""
-    t = int(0.4 * args.diffusion_steps)  # noise of about 0.16
-    time = (t + 1) / args.diffusion_steps
-    score = lambda a: -network(a, torch.full((len(a), 1), time)) / schedule.noise[t]  # noqa: E731
-    return torch.cat(
-        [denoise(network, schedule, len(rows)) for rows in torch.arange(args.samples).split(10_000)]
-    ), score
+def run_qsm(target: Target, args: Args) -> tuple[Tensor, Callable]:
+    def draw(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+        a_t = schedule.noised(2 * torch.rand(len(t), 2) - 1, t, torch.randn(len(t), 2))
+        return a_t, schedule.sqrt_1m_abar[t, None] * target.energy_gradient(a_t)[1]
+
+    return train_score(args, draw)
 
 
 # iDEM -----------------------------------------------------------------------------------------------
 
 
-def idem_score(energy_gradient, x: Tensor, sigma: Tensor, z: Tensor) -> Tensor:
+def idem_score(energy_gradient: Callable, x: Tensor, sigma: Tensor, z: Tensor) -> Tensor:
     """Estimate of the score of pi * N(0, sigma^2 I) from K energies and gradients, biased of order 1/K.
 
     x (n, 2), sigma (n, 1), z (n, K, 2) standard normal. Returns sum_k w_k (-∇E)(x + sigma z_k), (n, 2).
@@ -336,7 +323,7 @@ def idem_score(energy_gradient, x: Tensor, sigma: Tensor, z: Tensor) -> Tensor:
 
 def run_idem(
     target: Target, args: Args, outer=30, inner=100, k=500, batch=128, clip=10.0, sigma_min=0.02, sigma_max=1.0
-):
+) -> tuple[Tensor, Callable]:
     """Outer loop: sample the model into a buffer. Inner loop: regress at noised points of that buffer."""
     network = ScoreNetwork(args.hidden_size)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
@@ -369,22 +356,21 @@ def run_idem(
             optimizer.step()
             decay.step()
     u = math.log(0.16 / sigma_min) / math.log(sigma_max / sigma_min)  # the noise at which the others are shown
-    return torch.cat([sample(len(rows)) for rows in torch.arange(args.samples).split(10_000)]), lambda a: score(
-        a, torch.full((len(a), 1), u)
-    )
+    samples = torch.cat([sample(len(part)) for part in torch.arange(args.samples).split(10_000)])
+    return samples, lambda a: score(a, torch.full((len(a), 1), u))
 
 
 # Langevin -------------------------------------------------------------------------------------------
 
 
-def langevin(energy_gradient, a: Tensor, step: float, n: int) -> Tensor:
+def langevin(energy_gradient: Callable, a: Tensor, step: float, n: int) -> Tensor:
     """n steps of a <- a - step ∇E(a) + sqrt(2 step) z from a (chains, 2); the stationary law is off by order step."""
     for _ in range(n):
         a = a - step * energy_gradient(a)[1] + math.sqrt(2 * step) * torch.randn_like(a)
     return a
 
 
-def run_langevin(target: Target, args: Args, step=2e-4, n=1000):
+def run_langevin(target: Target, args: Args, step=2e-4, n=1000) -> tuple[Tensor, None]:
     """One chain for each sample, started uniformly on the box."""
     starts = (2 * torch.rand(args.samples, 2) - 1).split(10_000)
     return torch.cat([langevin(target.energy_gradient, a, step, n) for a in starts]), None
@@ -433,8 +419,8 @@ class RealNVP(nn.Module):
 def annealed_importance_sampling(a: Tensor, densities, betas: list[float], step: float, leapfrogs: int = 2):
     """Move samples a (n, 2) of q towards f by Hamiltonian Monte Carlo on q^{1-beta} f^beta, beta along `betas`, 1 last.
 
-    `densities(a)` gives log q, ∇log q, log f, ∇log f. Returns the moved samples, log weights (n,) whose mean weight is
-    the unbiased estimate of ∫f, and the mean acceptance rate.
+    `densities(a)` gives log q, ∇log q, log f, ∇log f. Returns the moved samples, log weights (n,) whose mean weight
+    is the unbiased estimate of ∫f, and the mean acceptance rate.
     """
     state, log_w, accepted, before = densities(a), torch.zeros(len(a)), [], 0.0
     for beta in betas:
@@ -452,13 +438,15 @@ def annealed_importance_sampling(a: Tensor, densities, betas: list[float], step:
             p = p + step / 2 * force(new_state)
         log_ratio = log_density(new_state) - log_density(state) + (momentum**2 - p**2).sum(1) / 2
         accept = torch.rand(len(a)).log() < log_ratio
-        choose = lambda new, old: torch.where(accept if new.dim() == 1 else accept[:, None], new, old)  # noqa: E731, B023
-        a, state = choose(new_a, a), tuple(map(choose, new_state, state))
+        a = torch.where(accept[:, None], new_a, a)
+        state = tuple(
+            torch.where(accept if new.dim() == 1 else accept[:, None], new, old) for new, old in zip(new_state, state)
+        )
         accepted.append(accept.float().mean().item())
     return a, log_w, sum(accepted) / max(len(accepted), 1)
 
 
-def run_fab(target: Target, args: Args, iterations=1200, batch=512, intermediate=2):
+def run_fab(target: Target, args: Args, iterations=1200, batch=512, intermediate=2) -> tuple[Tensor, Callable]:
     flow = RealNVP()
     optimizer = torch.optim.Adam(flow.parameters(), lr=2e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
@@ -519,116 +507,80 @@ def mode_error(target: Target, samples: Tensor) -> float:
     return (share - target.mode_weights).abs().sum().item() / 2
 
 
-def table_row(method: str, masses: Tensor, target: Target, samples: Tensor, seconds: float, memory: float) -> dict:
-    return {
-        "method": method,
-        "kl": grid_kl(masses, samples),
-        "mode_error": mode_error(target, samples),
-        "energies": target.energies,
-        "gradients": target.gradients,
-        "seconds": round(seconds, 1),
-        "peak_mb": round(memory),
-    }
-
-
-TITLES = {
-    "rssm": "RSSM",
-    "dsm": "DSM (true samples)",
-    "idem": "iDEM",
-    "langevin": "Langevin",
-    "fab": "FAB",
-    "qsm": "QSM",
-}
-
-
 def draw_picture(path: Path, target: Target, name: str, results: dict) -> None:
-    """A row per method: samples over the density's contours, and the learned score field where there is one."""
-    fig, axes = plt.subplots(len(results), 2, figsize=(7.4, 3.7 * len(results)), squeeze=False, layout="constrained")
+    """A column per method: samples over the density's contours, below the learned score field where there is one."""
+    width = 3.3 * max(len(results), 2)
+    fig, axes = plt.subplots(2, len(results), figsize=(width, 6.8), squeeze=False, layout="constrained")
     x = torch.linspace(-1.15, 1.15, 161)
     points = torch.stack(torch.meshgrid(x, x, indexing="xy"), dim=-1)
     density = torch.stack([target.log_prob(row) for row in points]).exp()
     levels = density.max() * torch.tensor([0.01, 0.1, 0.3, 0.6])
-    for (method, (samples, score, row)), (left, right) in zip(results.items(), axes):
-        for axis in (left, right):
+    for (method, (samples, score, row)), (top, bottom) in zip(results.items(), axes.T):
+        for axis in (top, bottom):
             axis.contour(x, x, density, levels=levels, colors="tab:gray", linewidths=0.6)
-            axis.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", xlabel="$a_1$", ylabel="$a_2$")
-        left.scatter(*samples[:4000].T, s=1.5, alpha=0.35, color="tab:blue", linewidths=0, rasterized=True)
-        left.set_title(f"{TITLES[method]}: samples, KL {row['kl']:.3f}", fontsize=10)
-        if score is None:
-            right.set_title("no learned score", fontsize=10)
-            continue
-        coarse = torch.linspace(-1.05, 1.05, 22)
-        where = torch.stack(torch.meshgrid(coarse, coarse, indexing="xy"), dim=-1).reshape(-1, 2)
-        field = score(where).detach()
-        size = field.norm(dim=1, keepdim=True)
-        arrows = field / size.clamp(min=1e-9) * (size / size.quantile(0.9)).clamp(max=1).sqrt()
-        right.quiver(*where.T, *arrows.T, size[:, 0].log10(), cmap="viridis", scale=22, width=0.004, headwidth=4)
-        right.set_title(
-            "FAB: score of the flow" if method == "fab" else f"{TITLES[method]}: score at noise 0.16", fontsize=10
-        )
+            axis.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+        top.scatter(*samples[:4000].T, s=1.5, alpha=0.35, color="tab:blue", linewidths=0, rasterized=True)
+        top.set_title(f"{METHODS[method][0]}: KL {row['kl']:.3f}", fontsize=11)
+        bottom.set_title("no learned score" if score is None else METHODS[method][1], fontsize=9)
+        if score is not None:
+            coarse = torch.linspace(-1.05, 1.05, 22)
+            where = torch.stack(torch.meshgrid(coarse, coarse, indexing="xy"), dim=-1).reshape(-1, 2)
+            field = score(where).detach()
+            size = field.norm(dim=1, keepdim=True)
+            arrows = field / size.clamp(min=1e-9) * (size / size.quantile(0.9)).clamp(max=1).sqrt()
+            bottom.quiver(*where.T, *arrows.T, size[:, 0].log10(), cmap="viridis", scale=22, width=0.004, headwidth=4)
     fig.suptitle(f"Sampling '{name}': true density as contours, arrows coloured by their log-length", fontsize=11)
-    fig.savefig(path, dpi=130)
+    fig.savefig(path, dpi=120)
     plt.close(fig)
 
 
-def run(args: Args) -> tuple[Path, list[dict]]:
-    """All methods on one target. Returns the run folder and the table's rows."""
-    folder = Path("runs") / f"toy_{args.target}__{args.seed}__{int(time.time())}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
-    masses = cell_masses(make_target(args.target).log_prob)
-    results = {}
-    for method in dict.fromkeys(args.methods):
-        print(f"{method} ...", flush=True)
-        torch.manual_seed(args.seed)
-        target, start, memory = make_target(args.target), time.time(), peak_mb()
-        samples, score = globals()[f"run_{method}"](target, args)
-        seconds, memory = time.time() - start, peak_mb() - memory
-        results[method] = samples, score, table_row(method, masses, target, samples, seconds, memory)
-    rows = [row for _, _, row in results.values()]
-    target = make_target(args.target)
-    rows.append(table_row("true", masses, target, target.sample(args.samples), 0.0, 0.0))
-    with open(folder / "metrics.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
-    draw_picture(folder / "picture.png", target, args.target, results)
-    return folder, rows
+METHODS = {  # name in pictures, what its score field is, how it samples
+    "rssm": ("RSSM", "score at noise 0.16", run_rssm),
+    "dsm": ("DSM (true samples)", "score at noise 0.16", run_dsm),
+    "idem": ("iDEM", "score at noise 0.16", run_idem),
+    "langevin": ("Langevin", "", run_langevin),
+    "fab": ("FAB", "score of the flow", run_fab),
+    "qsm": ("QSM", "score at noise 0.16", run_qsm),
+}
 
 
 def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def parse_arguments() -> Args:
-    """The command line; what can't be read or is out of range ends in one line and exit status 2."""
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            args = tyro.cli(Args, description=__doc__)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        lines = [line.strip("│╭╮╰╯─ ") for line in message.getvalue().splitlines()]
-        fail(" ".join(line for line in lines[1:] if line.strip("-") and not line.startswith("For full helptext")))
-    for name, (low, high) in RANGES.items():
-        if not low <= getattr(args, name) <= high:
-            fail(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {getattr(args, name)}")
-    if not args.methods:
-        fail("--methods needs at least one of rssm, dsm, idem, langevin, fab, qsm")
-    return args
+def main() -> None:
+    paragraphs = __doc__.split("\n\n")
+    args = tyro.cli(Args, description="\n\n".join([*paragraphs[:2], paragraphs[-1]]))
+    folder = Path("runs", f"toy_{args.target}__{args.seed}__{int(time.time())}")
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
+    masses, results = cell_masses(make_target(args.target).log_prob), {}
 
+    def row(method: str, target: Target, samples: Tensor, seconds: float, memory: float) -> dict:
+        return {
+            "method": method,
+            "kl": grid_kl(masses, samples),
+            "mode_error": mode_error(target, samples),
+            "energies": target.energies,
+            "gradients": target.gradients,
+            "seconds": round(seconds, 1),
+            "peak_mb": round(memory),
+        }
 
-def fail(message: str) -> None:
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+    for method in dict.fromkeys(args.methods):
+        print(f"{method} ...", flush=True)
+        torch.manual_seed(args.seed)
+        target, start, memory = make_target(args.target), time.time(), peak_mb()
+        samples, score = METHODS[method][2](target, args)
+        results[method] = samples, score, row(method, target, samples, time.time() - start, peak_mb() - memory)
+    target = make_target(args.target)
+    rows = [result[2] for result in results.values()] + [row("true", target, target.sample(args.samples), 0.0, 0.0)]
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    draw_picture(folder / "picture.png", target, args.target, results)
 
-
-if __name__ == "__main__":
-    try:
-        folder, rows = run(parse_arguments())
-    except OSError as error:
-        fail(f"can't write the results: {error}")
     print(f"\n{'method':<10}{'kl':>8}{'mode error':>12}{'energies':>14}{'gradients':>13}{'seconds':>9}{'peak MB':>9}")
     for r in rows:
         print(
@@ -636,3 +588,7 @@ if __name__ == "__main__":
             f"{r['seconds']:>9}{r['peak_mb']:>9}"
         )
     print(f"\ntable: {folder}/metrics.csv\npicture: {folder}/picture.png")
+
+
+if __name__ == "__main__":
+    main()
