@@ -12,20 +12,20 @@ arXiv 2312.11752. Only the denoiser is differentiated, never the sampling chain.
 The sign: a denoiser predicts the noise that was added, so its score is -eps_theta / sqrt(1-abar_t). The optimum of (4)
 is eps_theta = -M_q ∇_a Q, hence the score is +M_q ∇_a Q / sqrt(1-abar_t), and denoising climbs Q.
 
-M_q is the explore/exploit dial: a score c ∇Q belongs to the density exp(c Q), so M_q acts as an inverse temperature;
-the larger, the greedier the policy.
+M_q is the explore/exploit dial: a score c ∇Q belongs to the density exp(c Q), so M_q / sqrt(1-abar_t) acts as an
+inverse temperature; the larger M_q, the greedier the policy.
 
 The algorithm:
      1  repeat
      2      act: a as a' in (2), at first uniformly random; the environment answers with r, s' and done
      3      store (s, a, s', r, done) in the replay buffer, and draw a batch from it
-     4      targets: denoise a' from N(0, I) in T steps, and y by (2)
-     5      critics: one step of Adam on J_Q
+     4      next actions: denoise a' from N(0, I) in T steps
+     5      critics: one step of Adam on J_Q, with y by (2)
      6      averages: Qbar <- (1-tau) Qbar + tau Q
      7      policy: t uniform, a_t by (1), one step of Adam on J_pi, the gradient of Q held fixed
 
 The known weakness: (4) takes ∇_a Q at the *noised* action, and exp(Q) noised is another density than exp(Q) with its
-score rescaled. For quadratic Q both scores are at least linear, with different slopes; else their shapes differ too.
+score rescaled. For a concave quadratic Q both scores are linear, with different slopes; else their shapes differ too.
 Reverse sampling score matching (sdac.py) has no such bias and needs no gradient of Q.
 
 Usage:
@@ -35,8 +35,7 @@ Usage:
 
 Departures from the official code (JAX, Alescontrela/score_matching_rl): the state's share of the policy's first layer
 is computed once per state instead of once per denoising step, which is the same function. The loss is averaged over
-action dimensions, not summed, which Adam ignores. Its README prints (4) with the opposite sign. Counting denoising
-steps from 0, time enters the network as the plain index t = 0..T-1.
+action dimensions, not summed, which Adam ignores.
 """
 
 # /// script
@@ -57,7 +56,6 @@ steps from 0, time enters the network as the plain index t = 0..T-1.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import math
 import os
@@ -101,7 +99,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes CUDA if there is one"""
     compile: bool = True
-    """speed up what is slow with torch.compile"""
+    """with torch.compile, which needs a C++ compiler, or on CUDA Triton"""
     total_timesteps: Count = 1_000_000
     """environment steps of the whole run, summed over the environments"""
     num_envs: Count = 1
@@ -143,7 +141,7 @@ class Args:
     policy_lr: Fraction = 3e-4
     """learning rate of the policy at first; a half cosine takes it to 0"""
     policy_lr_steps: Count = 2_000_000
-    """policy updates that this takes"""
+    """policy updates until it is 0"""
     q_gradient_scale: NotNegative = 50.0
     """M_q, an inverse temperature: larger is greedier (the authors suggest 120 for humanoid and quadruped)"""
     exploration_noise: NotNegative = 0.1
@@ -161,8 +159,8 @@ class Schedule(nn.Module):
     """Variance-preserving noise schedule; the paper's steps 1..T are t = 0..T-1 here.
 
     alpha_t = exp(-b_min/T - (b_max - b_min) (2t+1) / (2 T^2)) with b_min = 0.1, b_max = 10, and abar_t is the product
-    of all alpha up to t. The tables (T,) are worked out in float64, since 1 - abar_0 cancels. A step of the sampler is
-    a_{t-1} = grow_t (a_t - shrink_t eps_theta) + std_t z, with z ~ N(0, I) and no noise at t = 0.
+    of all alpha up to t. The tables (T,) are worked out in float64. A step of the sampler is
+    a_{t-1} = scale_t (a_t - eps_factor_t eps_theta) + std_t z, with z ~ N(0, I) and no noise at t = 0.
     """
 
     def __init__(self, steps: int, b_min: float = 0.1, b_max: float = 10.0):
@@ -174,8 +172,8 @@ class Schedule(nn.Module):
         tables = {
             "sqrt_abar": (log_abar / 2).exp(),
             "sqrt_1m_abar": one_minus_abar.sqrt(),
-            "shrink": beta / one_minus_abar.sqrt(),
-            "grow": (-log_alpha / 2).exp(),
+            "eps_factor": beta / one_minus_abar.sqrt(),
+            "scale": (-log_alpha / 2).exp(),
             "std": beta.sqrt() * (t > 0),
         }
         for name, table in tables.items():
@@ -243,22 +241,6 @@ class Policy(nn.Module):
         return self.trunk(self.state_layer(observations) + self.action_layer(a_t) + self.time_share(t))
 
 
-# SPEED --------------------------------------------------------------------------------------------------------------
-
-
-class Mish(nn.Module):
-    """x tanh(log(1 + e^x)) = x n/(n+2) = x - x/(n/2+1) with n = e^x (e^x + 2), which takes one exponential."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Above 20 the fraction is lost in rounding; where exp overflows it is 0, as it should be, but its gradient NaN.
-        e = (x.clamp(max=20) if torch.is_grad_enabled() else x).exp()
-        return x - x / (e * (e / 2 + 1) + 1)
-
-
-# ALGO LOGIC: the agent ----------------------------------------------------------------------------------------------
-
-
-@torch.compile(dynamic=False, mode="reduce-overhead")
 def denoise(policy: Policy, schedule: Schedule, observations: Tensor, a_t: Tensor, z: Tensor) -> Tensor:
     """Actions (B, d) by DDPM from a_t (B, d) for observations (B, o), with z (T, B, d) ~ N(0, I); each step is clipped
     to the box."""
@@ -266,13 +248,30 @@ def denoise(policy: Policy, schedule: Schedule, observations: Tensor, a_t: Tenso
     times = policy.time_share(torch.arange(len(z), device=z.device))
     for t in reversed(range(len(z))):
         predicted_eps = policy.trunk(state + policy.action_layer(a_t) + times[t])
-        a_t = schedule.grow[t] * (a_t - schedule.shrink[t] * predicted_eps) + schedule.std[t] * z[t]
+        a_t = schedule.scale[t] * (a_t - schedule.eps_factor[t] * predicted_eps) + schedule.std[t] * z[t]
         a_t = a_t.clamp(-1, 1)
     return a_t
 
 
+# SPEED --------------------------------------------------------------------------------------------------------------
+
+denoise = torch.compile(denoise, dynamic=False, mode="reduce-overhead")
+
+
+class Mish(nn.Module):
+    """x tanh(log(1 + e^x)) = x n/(n+2) = x - x/(n/2+1) with n = e^x (e^x + 2), which takes one exponential."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Where exp overflows, the fraction is rightly 0 but its gradient NaN; above 20 it is lost in rounding anyway.
+        e = (x.clamp(max=20) if torch.is_grad_enabled() else x).exp()
+        return x - x / (e * (e / 2 + 1) + 1)
+
+
+# ALGO LOGIC: the agent (Batch, minimize and move_average are the first things in the harness) -----------------------
+
+
 class QSM(nn.Module):
-    """The agent. Actions are in [-1, 1]^d everywhere inside."""
+    """The agent. Actions are in [-1, 1]^d, also while they are denoised."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
@@ -336,15 +335,16 @@ class QSM(nn.Module):
 #     .optimizers                         a list; checkpoints keep their states
 
 
-@torch.compile(dynamic=False, mode="reduce-overhead")  # 1.3 to 1.5 times the updates per second of SAC and TD3
+@torch.compile(dynamic=False, mode="reduce-overhead")  # with it SAC and TD3 make 1.3 to 1.5 times as many updates
 def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Gradients of what `loss(*inputs)` returns first, and what it returns second, to be logged."""
+    """Gradients of the loss that `loss(*inputs)` returns first, and what it returns second, to be logged. In place of
+    `backward`, so that both passes are one function, which torch.compile makes one graph of."""
     value, metrics = loss(*inputs)
     return torch.autograd.grad(value, parameters), {name: metric.detach() for name, metric in metrics.items()}
 
 
 def minimize(optimizer: torch.optim.Optimizer, loss: Callable, *inputs) -> dict[str, Tensor]:
-    """One step of the optimizer on `loss(*inputs)`, by its own parameters alone. Returns what to log."""
+    """One step of the optimizer on `loss(*inputs)`; all parameters but its own are held fixed. Returns what to log."""
     parameters = optimizer.param_groups[0]["params"]
     grads, metrics = gradients(loss, parameters, *inputs)
     for parameter, grad in zip(parameters, grads):
@@ -397,7 +397,7 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict) -> None:
         for column, values in zip(self.columns, state["columns"]):
-            values = values[: self.size]  # all of them, but for a smaller --buffer-size than before
+            values = values[-self.size :]  # all of them, but for a smaller --buffer-size than before
             column[: len(values)] = values
         self.added = state["added"] if len(values) == self.size else len(values)
 
@@ -420,17 +420,17 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
 
 
 def evaluate(agent: nn.Module, args: Args, device: torch.device, videos: Path, name: str) -> np.ndarray:
-    """Returns of `--eval-episodes` episodes, (episodes,), without exploration noise; of an episode that does not end,
-    that of its first 100,000 steps. Environments, seeds and random numbers are its own: how often a run is evaluated
-    changes nothing in its training."""
+    """Returns (episodes,) of one episode in each of `--eval-episodes` new environments, without exploration noise, cut
+    at 100,000 steps. The seeds are the same each time, and the random numbers of training are not touched."""
+    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()
     envs = make_envs(args, args.eval_episodes)
     if args.capture_video:
         first = envs.unwrapped.envs[0]
         envs.unwrapped.envs[0] = RecordVideo(first, str(videos), lambda episode: episode == 0, name_prefix=name)
     returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
     with torch.random.fork_rng():
-        torch.manual_seed(args.seed + 2**31)
-        observations, _ = envs.reset(seed=args.seed + 2**31)
+        torch.manual_seed(seeds[0])
+        observations, _ = envs.reset(seed=seeds)
         for _ in range(100_000):
             actions = agent.act(torch.as_tensor(observations, device=device), explore=False).cpu().numpy()
             observations, rewards, terminations, truncations, _ = envs.step(actions.reshape(envs.action_space.shape))
@@ -442,16 +442,13 @@ def evaluate(agent: nn.Module, args: Args, device: torch.device, videos: Path, n
     return returns
 
 
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-
-
 def fail(message: object) -> None:
     """End the program over something that its user can mend."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def check_finite(step: int, quantities: dict[str, Tensor | np.ndarray]) -> None:
+def check_finite(step: int, **quantities: Tensor | np.ndarray) -> None:
     for name, values in quantities.items():
         if not torch.as_tensor(values).isfinite().all():
             fail(f"{name} is NaN or infinite at step {step}")
@@ -485,30 +482,34 @@ def parse_arguments() -> Args:
 
 
 def leave(number: int, frame: object) -> None:
-    """Signals end a run through its `finally`, which saves; further ones must not disturb that."""
-    for further in SIGNALS:
-        signal.signal(further, signal.SIG_IGN)
+    """A signal ends a run through its `finally`, which saves; later ones must not disturb that."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     sys.exit(128 + number)
+
+
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 def main(agent_class: type) -> None:
     args = parse_arguments()
     for number in SIGNALS:
-        signal.signal(number, leave)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, leave)
     warnings.filterwarnings("ignore", module="gymnasium")  # that v4 is out of date
     torch.set_flush_denormal(True)  # numbers below 1e-38 are slow on a CPU, and Humanoid-v4 makes them by the hundreds
     torch.manual_seed(args.seed)
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    stance = "default" if args.compile else "force_eager"
     if args.compile:
         try:
             torch._dynamo.config.trace_autograd_ops = True  # so that `gradients` becomes one graph
             torch.compile(torch.neg)(torch.ones(1, device=device))
         except Exception as error:
-            args.compile = False
+            stance = "force_eager"
             print(f"running without torch.compile, which fails here: {str(error).splitlines()[0]}", flush=True)
-    torch.compiler.set_stance("default" if args.compile else "force_eager")
+    torch.compiler.set_stance(stance)
 
     # What can't work is refused before there is a run folder
     try:
@@ -520,7 +521,7 @@ def main(agent_class: type) -> None:
     if args.capture_video:
         try:
             envs.reset()
-            envs.render()
+            envs.unwrapped.envs[0].render()
         except Exception as error:
             fail(f"--capture-video can't render {args.env_id} ({error}): try MUJOCO_GL=egl, or MUJOCO_GL=osmesa")
     agent = agent_class(obs_dim, action_dim, args).to(device)
@@ -545,11 +546,11 @@ def main(agent_class: type) -> None:
             agent.updates = checkpoint["updates"]
             agent.load_state_dict(checkpoint["agent"])
             buffer.load_state_dict(checkpoint["buffer"])
-            for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
+            for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):  # not their learning rates
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         except Exception as error:
             fail(f"can't resume the run in {folder}: {error}")
-        torch.manual_seed(args.seed + step)
+        torch.manual_seed(args.seed + step)  # the old stream's beginning shall not come again
     observations, _ = envs.reset(seed=args.seed + step)
     if args.track:
         import wandb
@@ -560,14 +561,11 @@ def main(agent_class: type) -> None:
         except wandb.errors.UsageError as error:
             fail(f"--track: {error} (WANDB_MODE=offline needs no login)")
     folder.mkdir(parents=True, exist_ok=args.resume is not None)
-    (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args) | {"resume": None}, indent=2))
+    (folder / "args.json").write_text(json.dumps(vars(args) | {"resume": None}, indent=2))
     print(f"{args.env_id} on {device}, run folder {folder}", flush=True)
 
-    def due(frequency: int) -> bool:
-        return step // frequency > (step - args.num_envs) // frequency
-
     def save() -> None:
-        check_finite(step, metrics | dict(agent.named_parameters()))
+        check_finite(step, **dict(agent.named_parameters()))
         checkpoint = {"step": step, "seconds": time.time() - start, "evaluations": evaluations}
         checkpoint |= {"updates": agent.updates, "agent": agent.state_dict(), "buffer": buffer.state_dict()}
         checkpoint["optimizers"] = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
@@ -575,32 +573,31 @@ def main(agent_class: type) -> None:
         write(folder / "checkpoint.pt", checkpoint)
 
     start, last_return, last_evaluation = time.time() - seconds, math.nan, math.nan
+    evaluated = evaluations[-1][0] if evaluations else 0  # the step of the last evaluation
     interval = 0.1 if sys.stderr.isatty() else 30
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=interval, maxinterval=30)
     with bar, SummaryWriter(folder, purge_step=step + 1) as writer:
-        writer.add_text("args", "\n".join(f"    {name}: {value}" for name, value in vars(args).items()))
         try:
-            while step < args.total_timesteps:
+            while evaluated < args.total_timesteps:
                 # Act
                 if step < args.learning_starts:
                     actions = 2 * torch.rand(args.num_envs, action_dim).numpy() - 1
                 else:
                     actions = agent.act(torch.as_tensor(observations, device=device), explore=True).cpu().numpy()
 
-                # Step
+                # Step; where an episode ends, `new_observations` are the next one's first
                 transition = envs.step(actions.reshape(envs.action_space.shape))
                 new_observations, rewards, terminations, truncations, infos = transition
                 step += args.num_envs
                 next_observations, rewards = new_observations.copy(), rewards.astype(np.float32)
                 for i in np.flatnonzero(terminations | truncations):
                     next_observations[i] = infos["final_obs"][i]
-                    last_return, length = (infos["statistics"][key][i] for key in ("r", "l"))
+                    last_return = infos["statistics"]["r"][i]
                     writer.add_scalar("charts/episodic_return", last_return, step)
-                    writer.add_scalar("charts/episodic_length", length, step)
+                    writer.add_scalar("charts/episodic_length", infos["statistics"]["l"][i], step)
 
                 # Remember
-                seen = {"observation": observations, "next observation": next_observations, "reward": rewards}
-                check_finite(step, seen)
+                check_finite(step, observation=observations, next_observation=next_observations, reward=rewards)
                 buffer.add(observations, actions, next_observations, rewards, terminations)
                 observations = new_observations
 
@@ -608,24 +605,25 @@ def main(agent_class: type) -> None:
                 for _ in range(args.updates_per_step if step > args.learning_starts else 0):
                     metrics |= agent.update(buffer.sample(args.batch_size, device))
                     if agent.updates % 100 == 0:
-                        check_finite(step, metrics)
+                        check_finite(step, **metrics)
                         for name, metric in metrics.items():
                             writer.add_scalar(f"losses/{name}", metric.item(), step)
-                        writer.add_scalar("charts/SPS", int((step - bar.initial) / bar.format_dict["elapsed"]), step)
+                        writer.add_scalar("charts/SPS", int(step / (time.time() - start)), step)
 
                 # Evaluate
-                if due(args.eval_frequency) or step >= args.total_timesteps:
+                if step // args.eval_frequency > evaluated // args.eval_frequency or step >= args.total_timesteps:
                     returns = evaluate(agent, args, device, folder / "videos", f"step-{step}")
-                    last_evaluation, *others = (float(f(returns)) for f in (np.mean, np.std, np.min, np.max))
-                    evaluations.append([step, agent.updates, last_evaluation, *others, round(time.time() - start, 3)])
+                    statistics = [float(f(returns)) for f in (np.mean, np.std, np.min, np.max)]
+                    evaluations.append([step, agent.updates, *statistics, round(time.time() - start, 3)])
                     table = [["step", "updates", "mean", "std", "min", "max", "seconds"], *evaluations]
                     (folder / "evaluations.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in table))
+                    evaluated, last_evaluation = step, statistics[0]
                     writer.add_scalar("eval/episodic_return", last_evaluation, step)
 
                 # Report and save
                 bar.set_postfix_str(f"return {last_return:.1f}, evaluation {last_evaluation:.1f}", refresh=False)
                 bar.update(args.num_envs)
-                if due(args.checkpoint_frequency):
+                if step // args.checkpoint_frequency > (step - args.num_envs) // args.checkpoint_frequency:
                     save()
         finally:  # whatever ended the run: its last step, a signal, the environment, a closed pipe
             save()

@@ -6,7 +6,7 @@ Applications", 2018, arXiv 1812.05905. The policy maximises return plus alpha ti
 soft value of its actions, and alpha is tuned so that the entropy stays at -d, d the number of action dimensions.
 
     a = tanh(u),  u = mu_phi(s) + sigma_phi(s) eps,  eps ~ N(0, I)                              policy      (1)
-    log pi(a|s) = log N(u; mu, sigma^2 I) - sum_i log(1 - tanh(u_i)^2)                                      (2)
+    log pi(a|s) = log N(u; mu, diag(sigma^2)) - sum_i log(1 - tanh(u_i)^2)                                  (2)
     log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)),  stable for large |u|                               (3)
     y = r + gamma (1-done) [min_j Qbar_j(s', a') - alpha log pi(a'|s')],  a' ~ pi(.|s')                     (4)
     J_Q = sum_j E (Q_j(s,a) - y)^2                                                              critics     (5)
@@ -17,11 +17,10 @@ The algorithm:
      1  repeat
      2      act: a ~ pi(.|s), at first uniformly random; the environment answers with r, s' and done
      3      store (s, a, s', r, done) in the replay buffer, and draw a batch from it
-     4      targets: a' ~ pi(.|s'), and y by (4)
-     5      critics: one step of Adam on J_Q
-     6      policy: one step of Adam on J_pi, the critics held fixed
-     7      temperature: one step of Adam on J_alpha
-     8      averages: Qbar <- (1-tau) Qbar + tau Q
+     4      critics: one step of Adam on J_Q, with y by (4)
+     5      policy: one step of Adam on J_pi, the critics held fixed
+     6      temperature: one step of Adam on J_alpha, with the actions of line 5
+     7      averages: Qbar <- (1-tau) Qbar + tau Q
 
 Usage:
     python sac.py --env-id HalfCheetah-v4
@@ -51,7 +50,6 @@ their step.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import math
 import os
@@ -94,7 +92,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes CUDA if there is one"""
     compile: bool = True
-    """speed up what is slow with torch.compile"""
+    """with torch.compile, which needs a C++ compiler, or on CUDA Triton"""
     total_timesteps: Count = 1_000_000
     """environment steps of the whole run, summed over the environments"""
     num_envs: Count = 1
@@ -194,7 +192,7 @@ class Policy(nn.Module):
         return torch.tanh(u), (log_normal - log_slope).sum(1)
 
 
-# ALGO LOGIC: the agent ----------------------------------------------------------------------------------------------
+# ALGO LOGIC: the agent (Batch, minimize and move_average are the first things in the harness) -----------------------
 
 
 class SAC(nn.Module):
@@ -236,7 +234,7 @@ class SAC(nn.Module):
         """Equation (6): entropy and value of the policy's own actions."""
         actions, log_prob = self.policy.sample(batch.observations, eps)
         q = self.critics(batch.observations, actions).amin(0)
-        loss = (self.log_alpha.exp().detach() * log_prob - q).mean()
+        loss = (self.log_alpha.exp() * log_prob - q).mean()
         return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
     def alpha_loss(self, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -246,7 +244,7 @@ class SAC(nn.Module):
         return loss, {"alpha": alpha, "alpha_loss": loss}
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """Lines 4 to 8 of the algorithm. Returns what to log."""
+        """Lines 4 to 7 of the algorithm. Returns what to log."""
         metrics = minimize(self.critic_optimizer, self.critic_loss, batch, torch.randn_like(batch.actions))
         metrics |= minimize(self.policy_optimizer, self.policy_loss, batch, torch.randn_like(batch.actions))
         metrics |= minimize(self.alpha_optimizer, self.alpha_loss, metrics["entropy"])
@@ -265,15 +263,16 @@ class SAC(nn.Module):
 #     .optimizers                         a list; checkpoints keep their states
 
 
-@torch.compile(dynamic=False, mode="reduce-overhead")  # 1.3 to 1.5 times the updates per second of SAC and TD3
+@torch.compile(dynamic=False, mode="reduce-overhead")  # with it SAC and TD3 make 1.3 to 1.5 times as many updates
 def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Gradients of what `loss(*inputs)` returns first, and what it returns second, to be logged."""
+    """Gradients of the loss that `loss(*inputs)` returns first, and what it returns second, to be logged. In place of
+    `backward`, so that both passes are one function, which torch.compile makes one graph of."""
     value, metrics = loss(*inputs)
     return torch.autograd.grad(value, parameters), {name: metric.detach() for name, metric in metrics.items()}
 
 
 def minimize(optimizer: torch.optim.Optimizer, loss: Callable, *inputs) -> dict[str, Tensor]:
-    """One step of the optimizer on `loss(*inputs)`, by its own parameters alone. Returns what to log."""
+    """One step of the optimizer on `loss(*inputs)`; all parameters but its own are held fixed. Returns what to log."""
     parameters = optimizer.param_groups[0]["params"]
     grads, metrics = gradients(loss, parameters, *inputs)
     for parameter, grad in zip(parameters, grads):
@@ -326,7 +325,7 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict) -> None:
         for column, values in zip(self.columns, state["columns"]):
-            values = values[: self.size]  # all of them, but for a smaller --buffer-size than before
+            values = values[-self.size :]  # all of them, but for a smaller --buffer-size than before
             column[: len(values)] = values
         self.added = state["added"] if len(values) == self.size else len(values)
 
@@ -349,17 +348,17 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
 
 
 def evaluate(agent: nn.Module, args: Args, device: torch.device, videos: Path, name: str) -> np.ndarray:
-    """Returns of `--eval-episodes` episodes, (episodes,), without exploration noise; of an episode that does not end,
-    that of its first 100,000 steps. Environments, seeds and random numbers are its own: how often a run is evaluated
-    changes nothing in its training."""
+    """Returns (episodes,) of one episode in each of `--eval-episodes` new environments, without exploration noise, cut
+    at 100,000 steps. The seeds are the same each time, and the random numbers of training are not touched."""
+    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()
     envs = make_envs(args, args.eval_episodes)
     if args.capture_video:
         first = envs.unwrapped.envs[0]
         envs.unwrapped.envs[0] = RecordVideo(first, str(videos), lambda episode: episode == 0, name_prefix=name)
     returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
     with torch.random.fork_rng():
-        torch.manual_seed(args.seed + 2**31)
-        observations, _ = envs.reset(seed=args.seed + 2**31)
+        torch.manual_seed(seeds[0])
+        observations, _ = envs.reset(seed=seeds)
         for _ in range(100_000):
             actions = agent.act(torch.as_tensor(observations, device=device), explore=False).cpu().numpy()
             observations, rewards, terminations, truncations, _ = envs.step(actions.reshape(envs.action_space.shape))
@@ -371,16 +370,13 @@ def evaluate(agent: nn.Module, args: Args, device: torch.device, videos: Path, n
     return returns
 
 
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-
-
 def fail(message: object) -> None:
     """End the program over something that its user can mend."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def check_finite(step: int, quantities: dict[str, Tensor | np.ndarray]) -> None:
+def check_finite(step: int, **quantities: Tensor | np.ndarray) -> None:
     for name, values in quantities.items():
         if not torch.as_tensor(values).isfinite().all():
             fail(f"{name} is NaN or infinite at step {step}")
@@ -414,30 +410,34 @@ def parse_arguments() -> Args:
 
 
 def leave(number: int, frame: object) -> None:
-    """Signals end a run through its `finally`, which saves; further ones must not disturb that."""
-    for further in SIGNALS:
-        signal.signal(further, signal.SIG_IGN)
+    """A signal ends a run through its `finally`, which saves; later ones must not disturb that."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     sys.exit(128 + number)
+
+
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 def main(agent_class: type) -> None:
     args = parse_arguments()
     for number in SIGNALS:
-        signal.signal(number, leave)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, leave)
     warnings.filterwarnings("ignore", module="gymnasium")  # that v4 is out of date
     torch.set_flush_denormal(True)  # numbers below 1e-38 are slow on a CPU, and Humanoid-v4 makes them by the hundreds
     torch.manual_seed(args.seed)
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    stance = "default" if args.compile else "force_eager"
     if args.compile:
         try:
             torch._dynamo.config.trace_autograd_ops = True  # so that `gradients` becomes one graph
             torch.compile(torch.neg)(torch.ones(1, device=device))
         except Exception as error:
-            args.compile = False
+            stance = "force_eager"
             print(f"running without torch.compile, which fails here: {str(error).splitlines()[0]}", flush=True)
-    torch.compiler.set_stance("default" if args.compile else "force_eager")
+    torch.compiler.set_stance(stance)
 
     # What can't work is refused before there is a run folder
     try:
@@ -449,7 +449,7 @@ def main(agent_class: type) -> None:
     if args.capture_video:
         try:
             envs.reset()
-            envs.render()
+            envs.unwrapped.envs[0].render()
         except Exception as error:
             fail(f"--capture-video can't render {args.env_id} ({error}): try MUJOCO_GL=egl, or MUJOCO_GL=osmesa")
     agent = agent_class(obs_dim, action_dim, args).to(device)
@@ -474,11 +474,11 @@ def main(agent_class: type) -> None:
             agent.updates = checkpoint["updates"]
             agent.load_state_dict(checkpoint["agent"])
             buffer.load_state_dict(checkpoint["buffer"])
-            for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
+            for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):  # not their learning rates
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         except Exception as error:
             fail(f"can't resume the run in {folder}: {error}")
-        torch.manual_seed(args.seed + step)
+        torch.manual_seed(args.seed + step)  # the old stream's beginning shall not come again
     observations, _ = envs.reset(seed=args.seed + step)
     if args.track:
         import wandb
@@ -489,14 +489,11 @@ def main(agent_class: type) -> None:
         except wandb.errors.UsageError as error:
             fail(f"--track: {error} (WANDB_MODE=offline needs no login)")
     folder.mkdir(parents=True, exist_ok=args.resume is not None)
-    (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args) | {"resume": None}, indent=2))
+    (folder / "args.json").write_text(json.dumps(vars(args) | {"resume": None}, indent=2))
     print(f"{args.env_id} on {device}, run folder {folder}", flush=True)
 
-    def due(frequency: int) -> bool:
-        return step // frequency > (step - args.num_envs) // frequency
-
     def save() -> None:
-        check_finite(step, metrics | dict(agent.named_parameters()))
+        check_finite(step, **dict(agent.named_parameters()))
         checkpoint = {"step": step, "seconds": time.time() - start, "evaluations": evaluations}
         checkpoint |= {"updates": agent.updates, "agent": agent.state_dict(), "buffer": buffer.state_dict()}
         checkpoint["optimizers"] = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
@@ -504,32 +501,31 @@ def main(agent_class: type) -> None:
         write(folder / "checkpoint.pt", checkpoint)
 
     start, last_return, last_evaluation = time.time() - seconds, math.nan, math.nan
+    evaluated = evaluations[-1][0] if evaluations else 0  # the step of the last evaluation
     interval = 0.1 if sys.stderr.isatty() else 30
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=interval, maxinterval=30)
     with bar, SummaryWriter(folder, purge_step=step + 1) as writer:
-        writer.add_text("args", "\n".join(f"    {name}: {value}" for name, value in vars(args).items()))
         try:
-            while step < args.total_timesteps:
+            while evaluated < args.total_timesteps:
                 # Act
                 if step < args.learning_starts:
                     actions = 2 * torch.rand(args.num_envs, action_dim).numpy() - 1
                 else:
                     actions = agent.act(torch.as_tensor(observations, device=device), explore=True).cpu().numpy()
 
-                # Step
+                # Step; where an episode ends, `new_observations` are the next one's first
                 transition = envs.step(actions.reshape(envs.action_space.shape))
                 new_observations, rewards, terminations, truncations, infos = transition
                 step += args.num_envs
                 next_observations, rewards = new_observations.copy(), rewards.astype(np.float32)
                 for i in np.flatnonzero(terminations | truncations):
                     next_observations[i] = infos["final_obs"][i]
-                    last_return, length = (infos["statistics"][key][i] for key in ("r", "l"))
+                    last_return = infos["statistics"]["r"][i]
                     writer.add_scalar("charts/episodic_return", last_return, step)
-                    writer.add_scalar("charts/episodic_length", length, step)
+                    writer.add_scalar("charts/episodic_length", infos["statistics"]["l"][i], step)
 
                 # Remember
-                seen = {"observation": observations, "next observation": next_observations, "reward": rewards}
-                check_finite(step, seen)
+                check_finite(step, observation=observations, next_observation=next_observations, reward=rewards)
                 buffer.add(observations, actions, next_observations, rewards, terminations)
                 observations = new_observations
 
@@ -537,24 +533,25 @@ def main(agent_class: type) -> None:
                 for _ in range(args.updates_per_step if step > args.learning_starts else 0):
                     metrics |= agent.update(buffer.sample(args.batch_size, device))
                     if agent.updates % 100 == 0:
-                        check_finite(step, metrics)
+                        check_finite(step, **metrics)
                         for name, metric in metrics.items():
                             writer.add_scalar(f"losses/{name}", metric.item(), step)
-                        writer.add_scalar("charts/SPS", int((step - bar.initial) / bar.format_dict["elapsed"]), step)
+                        writer.add_scalar("charts/SPS", int(step / (time.time() - start)), step)
 
                 # Evaluate
-                if due(args.eval_frequency) or step >= args.total_timesteps:
+                if step // args.eval_frequency > evaluated // args.eval_frequency or step >= args.total_timesteps:
                     returns = evaluate(agent, args, device, folder / "videos", f"step-{step}")
-                    last_evaluation, *others = (float(f(returns)) for f in (np.mean, np.std, np.min, np.max))
-                    evaluations.append([step, agent.updates, last_evaluation, *others, round(time.time() - start, 3)])
+                    statistics = [float(f(returns)) for f in (np.mean, np.std, np.min, np.max)]
+                    evaluations.append([step, agent.updates, *statistics, round(time.time() - start, 3)])
                     table = [["step", "updates", "mean", "std", "min", "max", "seconds"], *evaluations]
                     (folder / "evaluations.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in table))
+                    evaluated, last_evaluation = step, statistics[0]
                     writer.add_scalar("eval/episodic_return", last_evaluation, step)
 
                 # Report and save
                 bar.set_postfix_str(f"return {last_return:.1f}, evaluation {last_evaluation:.1f}", refresh=False)
                 bar.update(args.num_envs)
-                if due(args.checkpoint_frequency):
+                if step // args.checkpoint_frequency > (step - args.num_envs) // args.checkpoint_frequency:
                     save()
         finally:  # whatever ended the run: its last step, a signal, the environment, a closed pipe
             save()

@@ -5,7 +5,8 @@ Ma, Chen, Wang, Li, Dai: "Efficient Online Reinforcement Learning for Diffusion 
 The policy is a diffusion model whose score is trained by Reverse Sampling Score Matching (RSSM): it needs values of Q
 only, neither samples of the wanted policy nor gradients of Q.
 
-The wanted policy is pi(a|s) ∝ exp(Q(s,a)/tau) with a temperature tau. Noising an action a_0 gives
+The wanted policy is pi(a|s) = exp(Q(s,a)/tau)/Z(s) with a temperature tau (`--temperature`; the argument `--tau` is, as
+in CleanRL, the step size of the averages). Noising an action a_0 of d dimensions, with abar_t from 1 down to 0, gives
 
     q_{t|0}(a_t|a_0) = N(a_t; sqrt(abar_t) a_0, (1-abar_t) I)               forward kernel          (1)
     p_t(a_t|s) = ∫ pi(a_0|s) q_{t|0}(a_t|a_0) da_0                          noised policy           (2)
@@ -14,57 +15,58 @@ and the diffusion model needs the score ∇ log p_t. Denoising score matching wo
 of pi, which nobody has. Read the same Gaussian formula as a density of a_0:
 
     qtilde_{0|t}(a_0|a_t) = N(a_0; a_t/sqrt(abar_t), (1-abar_t)/abar_t I)   reverse sampling        (3)
-    q_{t|0}(a_t|a_0) = abar_t^{-d/2} qtilde_{0|t}(a_0|a_t)   for every pair, so                     (4)
-    ∇_{a_t} log qtilde_{0|t} = ∇_{a_t} log q_{t|0} = -(a_t - sqrt(abar_t) a_0)/(1-abar_t)           (5)
+    q_{t|0}(a_t|a_0) = abar_t^{-d/2} qtilde_{0|t}(a_0|a_t)   for every pair                         (4)
+    ∇_{a_t} log q_{t|0} = -(a_t - sqrt(abar_t) a_0)/(1-abar_t)                                      (5)
 
 qtilde is not the posterior of a_0, and Bayes' rule plays no part. Draw a_t from any proposal ptilde_t(a_t|s) with full
 support, a_0 from qtilde, and weigh the pair with exp(Q(s,a_0)/tau). By (4) this is denoising score matching with every
-a_t weighted by ptilde_t(a_t|s) Z(s) abar_t^{d/2} > 0 instead of 1, and a positive weight that depends on a_t alone
-moves no minimiser. So
+(s, a_t, t) weighted by ptilde_t(a_t|s) Z(s) abar_t^{d/2} > 0 instead of 1, and a positive weight without a_0 moves no
+minimiser, since s_theta is free at each (s, a_t, t). So
 
-    L = E_t E_{a_t~ptilde_t} E_{a_0~qtilde} exp(Q(s,a_0)/tau) |s_theta(a_t;s,t) - ∇ log qtilde|^2   (6)
+    L = E_t E_{a_t~ptilde_t} E_{a_0~qtilde} exp(Q(s,a_0)/tau) |s_theta(a_t;s,t) - ∇ log q_{t|0}|^2  (6)
 
 has the minimiser s_theta = ∇ log p_t(.|s), whatever the proposal. In terms of predicted noise,
-eps_theta = -sqrt(1-abar_t) s_theta, with M reverse samples for each (s, a_t),
+eps_theta = -sqrt(1-abar_t) s_theta, with M reverse samples for each (s, a_t), for which (5) is -eps_k/sqrt(1-abar_t),
 
     a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k,   eps_k ~ N(0, I)                          (7)
     w_k = softmax_k(Q(s,a_0^k)/tau)                                                                 (8)
     L = E |eps_theta(s,a_t,t) - sum_k w_k eps_k|^2 + const                                          (9)
 
-The softmax is one more positive weight on a_t (exact for large M, biased of order 1/M before), and the factor
-1/(1-abar_t) between (6) and (9) a weight that depends on t alone. The sum moved inside the square, up to a constant,
-because eps_theta does not depend on k: one pass of the policy serves all M.
+The softmax divides by a weight that is free of a_0 for large M (the bias is of order 1/M), and (9) weighs t differently
+than (6). The sum moved inside the square because the w_k add up to 1 and eps_theta does not depend on k: one pass of
+the policy serves all M.
 
-The algorithm:
+The algorithm, where lambda scales the exploration noise:
      1  repeat
-     2      act: denoise N particles of the averaged policy, keep the one with the largest min_j Q_j(s,a), add
-            exploration noise N(0, (0.1 lambda)^2 I), clip to [-1, 1]; the environment answers with r, s' and done
+     2      act: denoise N particles of the averaged policy, keep the one with the largest min_j Q_j(s,a), add N(0,
+            (0.1 lambda)^2 I), clip to [-1, 1]; at first uniformly random; the environment answers with r, s' and done
      3      store (s, a, s', r, done) in the replay buffer, and draw a batch from it
-     4      targets: a' as in 2, of the policy itself, and y = r + gamma (1-done) min_j Qbar_j(s',a')
-     5      every second time
+     4      targets: a' as in 2, but of the online policy, and y = 0.2 r + gamma (1-done) min_j Qbar_j(s',a')
+     5      every second update
      6          proposal: a_0 as in 4 for the states s, t uniform, and a_t by (1)
      7          reverse sampling: M actions by (7), weighted with min_j Q_j by (8)
      8          policy: one step of Adam on (9)
      9      critics: one step of Adam on sum_j E (Q_j(s,a) - y)^2
-    10      every 250th time
-    11          lambda: one step of Adam on log lambda (H - Hbar), H the entropy of the exploration noise, held fixed;
-                the temperature is tau = tau_0 lambda/lambda_0
-    12      every second time
-    13          averages: policy and critics Q -> Qbar, with step size 0.005
+    10      every 250th update
+    11          lambda: one step of Adam on log lambda (H - Hbar), where H is the entropy of the exploration noise, held
+                fixed, and Hbar = -0.9 d; the temperature falls with lambda, which follows a curve fixed beforehand
+    12      every second update
+    13          averages: of the policy, and Qbar of Q, with step size 0.005
 
 Usage:
     python sdac.py --env-id Humanoid-v4
     python sdac.py --resume runs/RUN_FOLDER
     python sdac.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
-Departures from the paper and from its official code (JAX, mahaitongdae/diffusion_policy_online_rl):
-- Actions are clipped to [-1, 1] after the exploration noise, in acting, in the critic's target and in the proposal; the
+Where the paper, its official code (JAX, mahaitongdae/diffusion_policy_online_rl) and this file differ:
+- Actions are clipped to [-1, 1] after the exploration noise, in acting, in the critics' target and in the proposal; the
   official code stores and bootstraps them unclipped, though they are never played so.
 - Denoising starts from N(0, 0.5^2 I) as in the official code; theory says N(0, I).
 - Best-of-N in line 2 is the paper's "efficient behaviour policy"; `--num-particles 1` switches it off.
-- As in the official code, Q in (8) is taken at clipped actions, so pi is exp(Q(s, clip(a))/tau), without a finite
-  integral. `--bounded-reverse-sampling` is exact for pi on the box: it truncates qtilde to [-1, 1]^d.
-- `--soft-critic` adds the entropy of the exploration noise to the critic's target, which the official code leaves out.
+- As in the official code, Q in (8) is taken at clipped actions, so that the wanted policy is exp(Q(s, clip(a))/tau).
+  `--bounded-reverse-sampling` is exact for pi on the box: qtilde is truncated to it, which only changes the weight.
+- `--soft-critic` adds the entropy of the exploration noise to the target, which the official code leaves out: on
+  average the same constant at every state, a bonus or penalty per step of staying alive.
 """
 
 # /// script
@@ -85,7 +87,6 @@ Departures from the paper and from its official code (JAX, mahaitongdae/diffusio
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import math
 import os
@@ -129,7 +130,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes CUDA if there is one"""
     compile: bool = True
-    """speed up what is slow with torch.compile"""
+    """with torch.compile, which needs a C++ compiler, or on CUDA Triton"""
     total_timesteps: Count = 1_000_000
     """environment steps of the whole run, summed over the environments"""
     num_envs: Count = 5
@@ -171,18 +172,18 @@ class Args:
     policy_lr: Fraction = 3e-4
     """learning rate of the policy at first"""
     policy_lr_end: Fraction = 3e-5
-    """... and in the end; linear in between"""
+    """learning rate of the policy in the end; linear in between"""
     policy_lr_decay_begin: Natural = 25_000
     """policy updates before that decay"""
     policy_lr_decay_end: Natural = 75_000
-    """policy updates at its end"""
+    """policy updates after which it ends"""
     policy_frequency: Count = 2
     """updates per update of the policy and of the moving averages"""
     reward_scale: Positive = 0.2
-    """factor on rewards inside the critics"""
+    """factor on rewards inside the critics, and so the unit of the temperature"""
     hidden_size: Count = 256
     """width of the three hidden layers of critics and policy"""
-    diffusion_steps: Annotated[int, Field(ge=2, le=1000)] = 20
+    diffusion_steps: Annotated[int, Field(ge=2, le=200)] = 20
     """denoising steps T"""
     num_particles: Count = 32
     """N: actions denoised per state, of which the best by min(Q1, Q2) is kept; 1 switches best-of-N off"""
@@ -201,7 +202,7 @@ class Args:
     noise_scale: Positive = 0.1
     """exploration noise has standard deviation noise_scale * lambda"""
     lambda_start: Positive = 5.0
-    """lambda_0"""
+    """lambda at first"""
     lambda_lr: Fraction = 7e-3
     """learning rate of log lambda"""
     lambda_frequency: Count = 250
@@ -218,7 +219,7 @@ class Schedule(nn.Module):
 
     beta_t grows linearly from 0.8e-4 to 0.7992, and abar_t is the product of all 1 - beta up to t. The tables (T,) are
     worked out in float64, since 1 - abar_0 = 8e-5 would lose half of its digits in float32. A step of the sampler draws
-    from the DDPM posterior, q(a_{t-1}|a_t,a_0) = N(mean_a0_t a_0 + mean_at_t a_t, std_t^2 I), with std_0 = 0.
+    from the DDPM posterior, N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2 I), which adds no noise at t = 0.
     """
 
     def __init__(self, steps: int):
@@ -232,7 +233,7 @@ class Schedule(nn.Module):
             "reverse_std": (1 / abar - 1).sqrt(),
             "mean_a0": beta * abar_before.sqrt() / (1 - abar),
             "mean_at": (1 - abar_before) * (1 - beta).sqrt() / (1 - abar),
-            "std": (beta * (1 - abar_before) / (1 - abar)).sqrt(),
+            "posterior_std": (beta * (1 - abar_before) / (1 - abar)).sqrt(),
         }
         for name, table in tables.items():
             self.register_buffer(name, table.to(torch.get_default_dtype()), persistent=False)
@@ -248,19 +249,20 @@ class Schedule(nn.Module):
     def bounded_noise(self, a_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Noise (B, M, d) whose reverse samples (7) lie in the box [-1, 1]^d, from uniform numbers u (B, M, d).
 
-        Where pi lives on the box, qtilde is the Gaussian (3) truncated to it; the factor that it needs to be a density
-        again depends on (a_t, t) alone. So is the noise: eps = Phi^-1(Phi(low) + u (Phi(high) - Phi(low))).
+        Where pi lives on the box, qtilde is the Gaussian (3) truncated to it. The noise is then a normal truncated to
+        [low, high], drawn by inversion: eps = Phi^-1(Phi(low) + u (Phi(high) - Phi(low))).
         """
         mean, std = (a_t / self.sqrt_abar[t, None])[:, None], self.reverse_std[t, None, None]
         low, high = (mean - 1) / std, (mean + 1) / std
         below, above = normal_cdf(low), normal_cdf(-high)  # Phi is accurate in its lower tail only, so use both of them
         inside = torch.where(low > 0, normal_cdf(-low) - above, normal_cdf(high) - below)
-        left, right = below + u * inside, above + (1 - u) * inside  # these add up to 1
+        left, right = below + u * inside, above + (1 - u) * inside  # probability left and right of eps, together 1
         eps = torch.special.ndtri(torch.minimum(left, right).clamp(min=torch.finfo(u.dtype).tiny))
         return torch.where(left < right, eps, -eps).clamp(low, high)
 
 
 def normal_cdf(x: Tensor) -> Tensor:
+    """Phi, accurate in its lower tail, which torch.special.ndtr loses in float32."""
     return torch.erfc(-x * math.sqrt(0.5)) / 2
 
 
@@ -300,6 +302,7 @@ class Critics(nn.Module):
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         state, action = (x.flatten(0, -2).expand(2, -1, -1) for x in (observations, actions))
+        # (2, B, 1, h) + (2, B, K, h), with K = 1 for actions (B, d)
         hidden = self.state_layer(state)[:, :, None] + self.action_layer(action).unflatten(1, (len(observations), -1))
         return self.trunk(hidden.flatten(1, 2)).view(2, *actions.shape[:-1])
 
@@ -316,7 +319,7 @@ class Policy(nn.Module):
             Linear(time_dim, 2 * time_dim),
             Mish(),
             Linear(2 * time_dim, time_dim),
-            Linear(time_dim, hidden, fan_in, bias=False),
+            Linear(time_dim, hidden, fan_in, bias=False),  # the share of t in the first layer
         )
         self.state_layer = Linear(obs_dim, hidden, fan_in)
         self.action_layer = Linear(action_dim, hidden, fan_in, bias=False)
@@ -325,52 +328,52 @@ class Policy(nn.Module):
     def time_share(self, t: Tensor) -> Tensor:
         """The share of t (B,) in the first layer, (B, hidden)."""
         angles = t[:, None] * self.frequencies
-        return self.time_layers(torch.cat([angles.sin(), angles.cos()], dim=1) / 4)
+        return self.time_layers(torch.cat([angles.sin(), angles.cos()], dim=1) / 4)  # 4 = sqrt(time_dim)
 
     def forward(self, observations: Tensor, a_t: Tensor, t: Tensor) -> Tensor:
         return self.trunk(self.state_layer(observations) + self.action_layer(a_t) + self.time_share(t))
 
 
+def denoise(policy: Policy, schedule: Schedule, observations: Tensor, a_t: Tensor, z: Tensor) -> Tensor:
+    """The DDPM sampler: N particles for each state from a_t (B, N, d), for observations (B, o), with noise
+    z (T, B, N, d) ~ N(0, I). Each step predicts a_0 and clips it to the box. Returns (B, N, d)."""
+    state, times = policy.state_layer(observations)[:, None], policy.time_share(torch.arange(len(z), device=z.device))
+    for t in reversed(range(len(z))):
+        predicted_eps = policy.trunk(policy.action_layer(a_t) + (state + times[t]))
+        a_0 = (a_t / schedule.sqrt_abar[t] - schedule.reverse_std[t] * predicted_eps).clamp(-1, 1)
+        a_t = schedule.mean_a0[t] * a_0 + schedule.mean_at[t] * a_t + schedule.posterior_std[t] * z[t]
+    return a_t
+
+
+def min_q(critics: Critics, observations: Tensor, actions: Tensor) -> Tensor:
+    """min(Q1, Q2), shapes as in `Critics` but for the 2."""
+    return critics(observations, actions).amin(0)
+
+
 # SPEED --------------------------------------------------------------------------------------------------------------
+
+denoise, min_q = (torch.compile(f, dynamic=False, mode="reduce-overhead") for f in (denoise, min_q))
+
+
+def states_per_chunk(rows: int, device: torch.device) -> int:
+    """So few states, of that many rows each, that a CPU keeps them in its cache through all layers and steps."""
+    return max(1024 // rows, 1) if device.type == "cpu" else 10**9
 
 
 class Mish(nn.Module):
     """x tanh(log(1 + e^x)) = x n/(n+2) = x - x/(n/2+1) with n = e^x (e^x + 2), which takes one exponential."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # Above 20 the fraction is lost in rounding; where exp overflows it is 0, as it should be, but its gradient NaN.
+        # Where exp overflows, the fraction is rightly 0 but its gradient NaN; above 20 it is lost in rounding anyway.
         e = (x.clamp(max=20) if torch.is_grad_enabled() else x).exp()
         return x - x / (e * (e / 2 + 1) + 1)
 
 
-def at_once(rows: int, device: torch.device) -> int:
-    """States, with so many rows each, that a CPU can take through all layers and denoising steps in its cache."""
-    return max(1024 // rows, 1) if device.type == "cpu" else 10**9
-
-
-@torch.compile(dynamic=False, mode="reduce-overhead")
-def denoise(policy: Policy, schedule: Schedule, observations: Tensor, a_t: Tensor, z: Tensor) -> Tensor:
-    """Reverse diffusion of N particles per state from a_t (B, N, d), for observations (B, o), with z (T, B, N, d) ~
-    N(0, I). Each step predicts a_0, clipped to the box. Returns (B, N, d)."""
-    state, times = policy.state_layer(observations)[:, None], policy.time_share(torch.arange(len(z), device=z.device))
-    for t in reversed(range(len(z))):
-        predicted_eps = policy.trunk(policy.action_layer(a_t) + (state + times[t]))
-        a_0 = (a_t / schedule.sqrt_abar[t] - schedule.reverse_std[t] * predicted_eps).clamp(-1, 1)
-        a_t = schedule.mean_a0[t] * a_0 + schedule.mean_at[t] * a_t + schedule.std[t] * z[t]
-    return a_t
-
-
-@torch.compile(dynamic=False, mode="reduce-overhead")
-def min_q(critics: Critics, observations: Tensor, actions: Tensor) -> Tensor:
-    """min(Q1, Q2), shapes as in `Critics` but for the 2."""
-    return critics(observations, actions).amin(0)
-
-
-# ALGO LOGIC: the agent ----------------------------------------------------------------------------------------------
+# ALGO LOGIC: the agent (Batch, minimize and move_average are the first things in the harness) -----------------------
 
 
 class SDAC(nn.Module):
-    """The agent. Actions are in [-1, 1]^d everywhere inside."""
+    """The agent. Actions played, stored and given to the critics are in [-1, 1]^d."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
@@ -398,36 +401,37 @@ class SDAC(nn.Module):
     def act(self, observations: Tensor, explore: bool) -> Tensor:
         """Actions (B, d) for observations (B, o), with exploration noise or without."""
         actions = self.best_of_n(self.ema_policy, observations, self.args.num_particles)
-        return self.explored(actions, torch.randn_like(actions)) if explore else actions
+        return self.perturbed(actions, torch.randn_like(actions)) if explore else actions
 
     def best_of_n(self, policy: Policy, observations: Tensor, n: int) -> Tensor:
-        """Of n actions that the policy makes for each state, the one with the largest min(Q1, Q2), (B, d)."""
+        """Of n actions that the policy makes for each state, the one with the largest online min(Q1, Q2), (B, d)."""
         particles = []
-        for some in observations.split(at_once(n, observations.device)):
-            z = torch.randn(self.args.diffusion_steps + 1, len(some), n, self.action_dim, device=some.device)
-            particles.append(denoise(policy, self.schedule, some, 0.5 * z[-1], z[:-1]))
+        for some in observations.split(states_per_chunk(n, observations.device)):
+            start = 0.5 * torch.randn(len(some), n, self.action_dim, device=some.device)
+            z = torch.randn(self.args.diffusion_steps, *start.shape, device=some.device)
+            particles.append(denoise(policy, self.schedule, some, start, z))
         particles = torch.cat(particles)
-        best = self.min_q(observations, particles).argmax(dim=1)
+        best = self.values(observations, particles).argmax(dim=1)
         return particles[torch.arange(len(best), device=best.device), best]
 
-    def explored(self, actions: Tensor, eps: Tensor) -> Tensor:
+    def perturbed(self, actions: Tensor, eps: Tensor) -> Tensor:
         """Actions with exploration noise, all (B, d)."""
         return (actions + self.exploration_std * eps).clamp(-1, 1)
 
-    def min_q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """min(Q1, Q2), (B, K), of K actions for each state, (B, K, d)."""
-        states = at_once(actions.shape[1], actions.device)
+    def values(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Online min(Q1, Q2), (B, K), of K actions for each state, (B, K, d)."""
+        states = states_per_chunk(actions.shape[1], actions.device)
         parts = zip(observations.split(states), actions.split(states))
         return torch.cat([min_q(self.critics, *some) for some in parts])
 
     @torch.no_grad()
     def target_values(self, batch: Batch) -> Tensor:
-        """y = r + gamma (1-done) min(Qbar1, Qbar2)(s', a'), (B,)."""
+        """y = reward_scale r + gamma (1-done) min(Qbar1, Qbar2)(s', a'), (B,)."""
         args, observations = self.args, batch.next_observations
         actions = self.best_of_n(self.policy, observations, args.target_particles or args.num_particles)
         eps = torch.randn_like(actions)
-        next_q = min_q(self.ema_critics, observations, self.explored(actions, eps))
-        if args.soft_critic:  # minus tau log N(exploration noise)
+        next_q = min_q(self.ema_critics, observations, self.perturbed(actions, eps))
+        if args.soft_critic:  # minus the temperature times log N(exploration noise)
             log_prob = -0.5 * eps**2 - self.exploration_std.log() - 0.5 * math.log(2 * math.pi)
             next_q = next_q - self.temperature * log_prob.sum(1)
         return args.reward_scale * batch.rewards + args.gamma * (1 - batch.dones) * next_q
@@ -438,25 +442,25 @@ class SDAC(nn.Module):
         a_0 = batch.actions
         if self.args.proposal == "policy":
             a_0 = self.best_of_n(self.policy, batch.observations, self.args.num_particles)
-            a_0 = self.explored(a_0, torch.randn_like(a_0))
+            a_0 = self.perturbed(a_0, torch.randn_like(a_0))
         t = torch.randint(self.args.diffusion_steps, batch.rewards.shape, device=a_0.device)
         return self.schedule.noised(a_0, t, torch.randn_like(a_0)), t
 
     @torch.no_grad()
     def reverse_sampling(self, batch: Batch, a_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum in equation (9), (B, d), and the effective sample size of its weights, from 1 to M."""
+        """sum_k w_k eps_k of (9), (B, d), and the effective sample size of the weights (harmonic mean), from 1 to M."""
         shape = (len(a_t), self.args.num_reverse_samples, self.action_dim)
         if self.args.bounded_reverse_sampling:
             eps = self.schedule.bounded_noise(a_t, t, torch.rand(shape, device=a_t.device))
         else:
             eps = torch.randn(shape, device=a_t.device)
         a_0 = self.schedule.reverse_samples(a_t, t, eps).clamp(-1, 1)
-        weights = F.softmax(self.min_q(batch.observations, a_0) / self.temperature, dim=1)
+        weights = F.softmax(self.values(batch.observations, a_0) / self.temperature, dim=1)
         return torch.einsum("bm,bmd->bd", weights, eps), 1 / weights.square().sum(1).mean()
 
-    def policy_loss(self, batch: Batch, a_t: Tensor, t: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Equation (9), averaged over batch and action dimensions."""
-        loss = F.mse_loss(self.policy(batch.observations, a_t, t), target)
+    def policy_loss(self, batch: Batch, a_t: Tensor, t: Tensor, mean_eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Equation (9), averaged over action dimensions too, which Adam ignores."""
+        loss = F.mse_loss(self.policy(batch.observations, a_t, t), mean_eps)
         return loss, {"actor_loss": loss}
 
     def critic_loss(self, batch: Batch, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -475,17 +479,17 @@ class SDAC(nn.Module):
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """Lines 4 to 13 of the algorithm. Returns what to log."""
         args, metrics = self.args, {}
-        every_second_time = self.updates % args.policy_frequency == 0
+        policy_due = self.updates % args.policy_frequency == 0
         y = self.target_values(batch)
-        if every_second_time:
+        if policy_due:
             a_t, t = self.propose(batch)
-            target, metrics["effective_sample_size"] = self.reverse_sampling(batch, a_t, t)
+            mean_eps, metrics["effective_sample_size"] = self.reverse_sampling(batch, a_t, t)
             self.policy_optimizer.param_groups[0]["lr"] = self.policy_lr()
-            metrics |= minimize(self.policy_optimizer, self.policy_loss, batch, a_t, t, target)
+            metrics |= minimize(self.policy_optimizer, self.policy_loss, batch, a_t, t, mean_eps)
         metrics |= minimize(self.critic_optimizer, self.critic_loss, batch, y)
         if self.updates % args.lambda_frequency == 0:
             metrics |= minimize(self.lambda_optimizer, self.lambda_loss)
-        if every_second_time:
+        if policy_due:
             move_average(self.ema_policy, self.policy, args.tau)
             move_average(self.ema_critics, self.critics, args.tau)
         self.updates += 1
@@ -508,15 +512,16 @@ class SDAC(nn.Module):
 #     .optimizers                         a list; checkpoints keep their states
 
 
-@torch.compile(dynamic=False, mode="reduce-overhead")  # 1.3 to 1.5 times the updates per second of SAC and TD3
+@torch.compile(dynamic=False, mode="reduce-overhead")  # with it SAC and TD3 make 1.3 to 1.5 times as many updates
 def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Gradients of what `loss(*inputs)` returns first, and what it returns second, to be logged."""
+    """Gradients of the loss that `loss(*inputs)` returns first, and what it returns second, to be logged. In place of
+    `backward`, so that both passes are one function, which torch.compile makes one graph of."""
     value, metrics = loss(*inputs)
     return torch.autograd.grad(value, parameters), {name: metric.detach() for name, metric in metrics.items()}
 
 
 def minimize(optimizer: torch.optim.Optimizer, loss: Callable, *inputs) -> dict[str, Tensor]:
-    """One step of the optimizer on `loss(*inputs)`, by its own parameters alone. Returns what to log."""
+    """One step of the optimizer on `loss(*inputs)`; all parameters but its own are held fixed. Returns what to log."""
     parameters = optimizer.param_groups[0]["params"]
     grads, metrics = gradients(loss, parameters, *inputs)
     for parameter, grad in zip(parameters, grads):
@@ -569,7 +574,7 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict) -> None:
         for column, values in zip(self.columns, state["columns"]):
-            values = values[: self.size]  # all of them, but for a smaller --buffer-size than before
+            values = values[-self.size :]  # all of them, but for a smaller --buffer-size than before
             column[: len(values)] = values
         self.added = state["added"] if len(values) == self.size else len(values)
 
@@ -592,17 +597,17 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
 
 
 def evaluate(agent: nn.Module, args: Args, device: torch.device, videos: Path, name: str) -> np.ndarray:
-    """Returns of `--eval-episodes` episodes, (episodes,), without exploration noise; of an episode that does not end,
-    that of its first 100,000 steps. Environments, seeds and random numbers are its own: how often a run is evaluated
-    changes nothing in its training."""
+    """Returns (episodes,) of one episode in each of `--eval-episodes` new environments, without exploration noise, cut
+    at 100,000 steps. The seeds are the same each time, and the random numbers of training are not touched."""
+    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()
     envs = make_envs(args, args.eval_episodes)
     if args.capture_video:
         first = envs.unwrapped.envs[0]
         envs.unwrapped.envs[0] = RecordVideo(first, str(videos), lambda episode: episode == 0, name_prefix=name)
     returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
     with torch.random.fork_rng():
-        torch.manual_seed(args.seed + 2**31)
-        observations, _ = envs.reset(seed=args.seed + 2**31)
+        torch.manual_seed(seeds[0])
+        observations, _ = envs.reset(seed=seeds)
         for _ in range(100_000):
             actions = agent.act(torch.as_tensor(observations, device=device), explore=False).cpu().numpy()
             observations, rewards, terminations, truncations, _ = envs.step(actions.reshape(envs.action_space.shape))
@@ -614,16 +619,13 @@ def evaluate(agent: nn.Module, args: Args, device: torch.device, videos: Path, n
     return returns
 
 
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-
-
 def fail(message: object) -> None:
     """End the program over something that its user can mend."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def check_finite(step: int, quantities: dict[str, Tensor | np.ndarray]) -> None:
+def check_finite(step: int, **quantities: Tensor | np.ndarray) -> None:
     for name, values in quantities.items():
         if not torch.as_tensor(values).isfinite().all():
             fail(f"{name} is NaN or infinite at step {step}")
@@ -657,30 +659,34 @@ def parse_arguments() -> Args:
 
 
 def leave(number: int, frame: object) -> None:
-    """Signals end a run through its `finally`, which saves; further ones must not disturb that."""
-    for further in SIGNALS:
-        signal.signal(further, signal.SIG_IGN)
+    """A signal ends a run through its `finally`, which saves; later ones must not disturb that."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     sys.exit(128 + number)
+
+
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 def main(agent_class: type) -> None:
     args = parse_arguments()
     for number in SIGNALS:
-        signal.signal(number, leave)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, leave)
     warnings.filterwarnings("ignore", module="gymnasium")  # that v4 is out of date
     torch.set_flush_denormal(True)  # numbers below 1e-38 are slow on a CPU, and Humanoid-v4 makes them by the hundreds
     torch.manual_seed(args.seed)
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    stance = "default" if args.compile else "force_eager"
     if args.compile:
         try:
             torch._dynamo.config.trace_autograd_ops = True  # so that `gradients` becomes one graph
             torch.compile(torch.neg)(torch.ones(1, device=device))
         except Exception as error:
-            args.compile = False
+            stance = "force_eager"
             print(f"running without torch.compile, which fails here: {str(error).splitlines()[0]}", flush=True)
-    torch.compiler.set_stance("default" if args.compile else "force_eager")
+    torch.compiler.set_stance(stance)
 
     # What can't work is refused before there is a run folder
     try:
@@ -692,7 +698,7 @@ def main(agent_class: type) -> None:
     if args.capture_video:
         try:
             envs.reset()
-            envs.render()
+            envs.unwrapped.envs[0].render()
         except Exception as error:
             fail(f"--capture-video can't render {args.env_id} ({error}): try MUJOCO_GL=egl, or MUJOCO_GL=osmesa")
     agent = agent_class(obs_dim, action_dim, args).to(device)
@@ -717,11 +723,11 @@ def main(agent_class: type) -> None:
             agent.updates = checkpoint["updates"]
             agent.load_state_dict(checkpoint["agent"])
             buffer.load_state_dict(checkpoint["buffer"])
-            for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
+            for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):  # not their learning rates
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         except Exception as error:
             fail(f"can't resume the run in {folder}: {error}")
-        torch.manual_seed(args.seed + step)
+        torch.manual_seed(args.seed + step)  # the old stream's beginning shall not come again
     observations, _ = envs.reset(seed=args.seed + step)
     if args.track:
         import wandb
@@ -732,14 +738,11 @@ def main(agent_class: type) -> None:
         except wandb.errors.UsageError as error:
             fail(f"--track: {error} (WANDB_MODE=offline needs no login)")
     folder.mkdir(parents=True, exist_ok=args.resume is not None)
-    (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args) | {"resume": None}, indent=2))
+    (folder / "args.json").write_text(json.dumps(vars(args) | {"resume": None}, indent=2))
     print(f"{args.env_id} on {device}, run folder {folder}", flush=True)
 
-    def due(frequency: int) -> bool:
-        return step // frequency > (step - args.num_envs) // frequency
-
     def save() -> None:
-        check_finite(step, metrics | dict(agent.named_parameters()))
+        check_finite(step, **dict(agent.named_parameters()))
         checkpoint = {"step": step, "seconds": time.time() - start, "evaluations": evaluations}
         checkpoint |= {"updates": agent.updates, "agent": agent.state_dict(), "buffer": buffer.state_dict()}
         checkpoint["optimizers"] = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
@@ -747,32 +750,31 @@ def main(agent_class: type) -> None:
         write(folder / "checkpoint.pt", checkpoint)
 
     start, last_return, last_evaluation = time.time() - seconds, math.nan, math.nan
+    evaluated = evaluations[-1][0] if evaluations else 0  # the step of the last evaluation
     interval = 0.1 if sys.stderr.isatty() else 30
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=interval, maxinterval=30)
     with bar, SummaryWriter(folder, purge_step=step + 1) as writer:
-        writer.add_text("args", "\n".join(f"    {name}: {value}" for name, value in vars(args).items()))
         try:
-            while step < args.total_timesteps:
+            while evaluated < args.total_timesteps:
                 # Act
                 if step < args.learning_starts:
                     actions = 2 * torch.rand(args.num_envs, action_dim).numpy() - 1
                 else:
                     actions = agent.act(torch.as_tensor(observations, device=device), explore=True).cpu().numpy()
 
-                # Step
+                # Step; where an episode ends, `new_observations` are the next one's first
                 transition = envs.step(actions.reshape(envs.action_space.shape))
                 new_observations, rewards, terminations, truncations, infos = transition
                 step += args.num_envs
                 next_observations, rewards = new_observations.copy(), rewards.astype(np.float32)
                 for i in np.flatnonzero(terminations | truncations):
                     next_observations[i] = infos["final_obs"][i]
-                    last_return, length = (infos["statistics"][key][i] for key in ("r", "l"))
+                    last_return = infos["statistics"]["r"][i]
                     writer.add_scalar("charts/episodic_return", last_return, step)
-                    writer.add_scalar("charts/episodic_length", length, step)
+                    writer.add_scalar("charts/episodic_length", infos["statistics"]["l"][i], step)
 
                 # Remember
-                seen = {"observation": observations, "next observation": next_observations, "reward": rewards}
-                check_finite(step, seen)
+                check_finite(step, observation=observations, next_observation=next_observations, reward=rewards)
                 buffer.add(observations, actions, next_observations, rewards, terminations)
                 observations = new_observations
 
@@ -780,24 +782,25 @@ def main(agent_class: type) -> None:
                 for _ in range(args.updates_per_step if step > args.learning_starts else 0):
                     metrics |= agent.update(buffer.sample(args.batch_size, device))
                     if agent.updates % 100 == 0:
-                        check_finite(step, metrics)
+                        check_finite(step, **metrics)
                         for name, metric in metrics.items():
                             writer.add_scalar(f"losses/{name}", metric.item(), step)
-                        writer.add_scalar("charts/SPS", int((step - bar.initial) / bar.format_dict["elapsed"]), step)
+                        writer.add_scalar("charts/SPS", int(step / (time.time() - start)), step)
 
                 # Evaluate
-                if due(args.eval_frequency) or step >= args.total_timesteps:
+                if step // args.eval_frequency > evaluated // args.eval_frequency or step >= args.total_timesteps:
                     returns = evaluate(agent, args, device, folder / "videos", f"step-{step}")
-                    last_evaluation, *others = (float(f(returns)) for f in (np.mean, np.std, np.min, np.max))
-                    evaluations.append([step, agent.updates, last_evaluation, *others, round(time.time() - start, 3)])
+                    statistics = [float(f(returns)) for f in (np.mean, np.std, np.min, np.max)]
+                    evaluations.append([step, agent.updates, *statistics, round(time.time() - start, 3)])
                     table = [["step", "updates", "mean", "std", "min", "max", "seconds"], *evaluations]
                     (folder / "evaluations.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in table))
+                    evaluated, last_evaluation = step, statistics[0]
                     writer.add_scalar("eval/episodic_return", last_evaluation, step)
 
                 # Report and save
                 bar.set_postfix_str(f"return {last_return:.1f}, evaluation {last_evaluation:.1f}", refresh=False)
                 bar.update(args.num_envs)
-                if due(args.checkpoint_frequency):
+                if step // args.checkpoint_frequency > (step - args.num_envs) // args.checkpoint_frequency:
                     save()
         finally:  # whatever ended the run: its last step, a signal, the environment, a closed pipe
             save()

@@ -1,67 +1,143 @@
-"""The scripts' agents beside the oracles of reference.py: the same weights, as lists of layers."""
+"""The scripts' agents beside the oracles of reference.py: the same weights, the same random numbers."""
 
+import contextlib
+import copy
+from unittest import mock
+
+import pytest
 import reference
 import torch
 
 
-def weight_of(part):
-    """Weights as in torch.nn.Linear, outputs x inputs; with two such matrices in the layer, both."""
-    return part.weight if isinstance(part, torch.nn.Linear) else part.weight.mT
+@pytest.fixture(autouse=True)
+def eager_float64():
+    """For files that import it: every test in float64, from the same seed, with nothing compiled."""
+    torch.set_default_dtype(torch.float64)
+    torch.compiler.set_stance("force_eager")
+    torch.manual_seed(0)
+    yield
+    torch.compiler.set_stance("default")
+    torch.set_default_dtype(torch.float32)
 
 
-def layer(*linears):
-    """(weight, bias) of one layer whose input is split over several."""
-    weight, bias = torch.cat([weight_of(part) for part in linears], dim=-1), linears[0].bias
+# Random numbers
+
+
+@contextlib.contextmanager
+def drawing_with(change):
+    """Meanwhile torch.randn and its kin are what `change` makes of them."""
+    with contextlib.ExitStack() as stack:
+        for name in ("randn", "randn_like", "rand", "randint"):
+            stack.enter_context(mock.patch.object(torch, name, change(getattr(torch, name))))
+        yield
+
+
+@contextlib.contextmanager
+def recorded():
+    """A list of what torch.randn, randn_like, rand and randint return meanwhile, in order."""
+    numbers = []
+
+    def recording(draw):
+        def draw_and_record(*args, **kwargs):
+            numbers.append(draw(*args, **kwargs))
+            return numbers[-1].clone()
+
+        return draw_and_record
+
+    with drawing_with(recording):
+        yield numbers
+
+
+@contextlib.contextmanager
+def replayed(*numbers):
+    """Meanwhile torch.randn, randn_like, rand and randint return these tensors, in order and all of them."""
+    left = list(numbers)
+
+    def replaying(draw):
+        def replay(*args, **kwargs):
+            drawn, number = draw(*args, **kwargs), left.pop(0)
+            assert number.shape == drawn.shape, f"{tuple(drawn.shape)} asked for, {tuple(number.shape)} comes"
+            return number.to(drawn.dtype)
+
+        return replay
+
+    with drawing_with(replaying):
+        yield
+    assert not left
+
+
+# Weights
+
+
+def layers_of(network):
+    """The layers of a network that is no pair of critics; each as a tuple of modules, over which the script splits the
+    layer by its inputs, in the order in which the paper's code puts them together."""
+    if hasattr(network, "net"):
+        return [(part,) for part in network.net if hasattr(part, "weight")]
+    trunk = [(part,) for part in network.trunk if hasattr(part, "weight")]
+    if not hasattr(network, "time_layers"):
+        return [(network.state_layer, network.action_layer), *trunk]
+    first, _, second, time = network.time_layers
+    if type(network).__module__ == "qsm":
+        return [(first,), (second,), (network.action_layer, network.state_layer, time), *trunk]
+    return [(first,), (second,), (network.state_layer, network.action_layer, time), *trunk]
+
+
+def layer(parts):
+    """(weight, bias) as in torch.nn.Linear, outputs x inputs; for twins, both critics'."""
+    weight = torch.cat([p.weight if isinstance(p, torch.nn.Linear) else p.weight.mT for p in parts], dim=-1)
+    (bias,) = (part.bias for part in parts if part.bias is not None)
     return weight.detach().clone(), (bias if bias.dim() == 1 else bias.squeeze(-2)).detach().clone()
-
-
-def layers(parts):
-    """All linear layers among some modules."""
-    return [layer(part) for part in parts if hasattr(part, "weight")]
 
 
 def critics(twins):
     """The layers of both critics."""
-    if hasattr(twins, "weights"):  # SAC, TD3
-        both = [(weight.mT.detach(), bias.detach().squeeze(-2)) for weight, bias in zip(twins.weights, twins.biases)]
-    elif hasattr(twins, "net"):  # QSM
-        both = layers(twins.net)
-    else:  # SDAC
-        both = [layer(twins.state, twins.action), *layers(twins.trunk)]
+    both = [layer(parts) for parts in layers_of(twins)]
     return [[(weight[i].clone(), bias[i].clone()) for weight, bias in both] for i in range(2)]
 
 
-def plain_policy(policy):
-    return layers(policy.net)
-
-
-def sdac_policy(policy):
-    time = [layer(policy.time[0]), layer(policy.time[2])]
-    return time, [layer(policy.state, policy.action, policy.time[3]), *layers(policy.trunk)]
-
-
-def qsm_policy(policy):
-    parts = policy.action, policy.state, policy.time[3]
-    first = (torch.cat([weight_of(part) for part in parts], dim=1).detach().clone(), layer(policy.state)[1])
-    condition = [layer(policy.time[0]), layer(policy.time[2])]
-    return policy.frequencies.detach().clone(), condition, [first, *layers(policy.trunk)]
+def policy(network):
+    layers = [layer(parts) for parts in layers_of(network)]
+    if not hasattr(network, "time_layers"):
+        return layers
+    if type(network).__module__ == "qsm":
+        return network.frequencies.detach().clone(), layers[:2], layers[2:]
+    return layers[:2], layers[2:]
 
 
 def networks(agent):
     """Everything that an agent learns, in the oracle's form and under the oracle's names."""
-    script = type(agent).__name__
-    policy = {"SDAC": sdac_policy, "QSM": qsm_policy}.get(script, plain_policy)
-    result = {"policy": policy(agent.policy), "critics": critics(agent.critics)}
-    for name in ("ema_policy", "target_policy"):
+    result = {}
+    for name in ("policy", "ema_policy", "target_policy"):
         if hasattr(agent, name):
             result[name] = policy(getattr(agent, name))
-    for name in ("ema_critics", "target_critics"):
+    for name in ("critics", "ema_critics", "target_critics"):
         if hasattr(agent, name):
             result[name] = critics(getattr(agent, name))
     for name in ("log_lambda", "log_alpha"):
         if hasattr(agent, name):
             result[name] = getattr(agent, name).detach().clone()
     return result
+
+
+def with_gradients(network, gradients):
+    """A copy of a network with gradients, in the order of its parameters, in their place."""
+    network = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+            parameter.copy_(gradient)
+    return network
+
+
+def scatter(*modules):
+    """Move parameters a little, so that averages and targets differ from the online networks."""
+    with torch.no_grad():
+        for module in modules:
+            for p in module.parameters():
+                p += 0.1 * torch.randn_like(p)
+
+
+# Both
 
 
 def oracle(agent):
@@ -75,12 +151,21 @@ def assert_same(agent, oracle, rtol=1e-9, atol=1e-11):
             torch.testing.assert_close(a, b.detach(), rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}")
 
 
-def scatter(*modules):
-    """Move parameters a little, so that averages and targets differ from the online networks."""
-    with torch.no_grad():
-        for module in modules:
-            for p in module.parameters():
-                p += 0.1 * torch.randn_like(p)
+def assert_same_update(agent, oracle, batch, rtol=1e-9, atol=1e-11):
+    """One more update of both, with the same random numbers."""
+    step = agent.updates
+    with recorded() as numbers:
+        agent.update(batch)
+    assert agent.updates == step + 1
+    oracle.update(batch, step, numbers)
+    assert_same(agent, oracle, rtol, atol)
+
+
+def assert_same_actions(agent, oracle, observations, explore, rtol=1e-9, atol=1e-11):
+    with recorded() as numbers:
+        actions = agent.act(observations, explore)
+    assert actions.abs().max() <= 1 + 1e-12 and not actions.requires_grad
+    torch.testing.assert_close(actions, oracle.act(observations, numbers, explore), rtol=rtol, atol=atol)
 
 
 def random_batch(module, size=7, obs_dim=4, action_dim=2):

@@ -3,7 +3,10 @@
 Nothing is imported from the scripts. Networks are lists of (weight, bias) pairs applied to concatenated inputs,
 gradients come from autograd on the loss as the paper prints it, Adam is written out. Everything is float64 unless a
 caller passes float32 weights. Redundancy is kept on purpose: states repeated for every particle and every reverse
-sample, M policy passes, both samplings in every update, as in SDAC's official code.
+sample, and M policy passes, as in SDAC's official code.
+
+`update` and `act` take their random numbers as a list of tensors, in the order in which the script draws them; all of
+them have to be used.
 """
 
 import math
@@ -110,15 +113,21 @@ def sdac_min_q(critics, observations, actions):
     return torch.minimum(sdac_q(critics[0], observations, actions), sdac_q(critics[1], observations, actions))
 
 
-def sdac_truncated(eps, mean, spread):
-    """Noise whose reverse sample mean - spread * noise lies in [-1, 1], through two normal distribution functions."""
-    normal = torch.distributions.Normal(torch.zeros_like(eps), torch.ones_like(eps))
+def sdac_truncated(u, mean, spread):
+    """Noise whose reverse sample mean - spread * noise lies in [-1, 1]: quantiles u of the normal cut to that."""
+    normal = torch.distributions.Normal(torch.zeros_like(u), torch.ones_like(u))
     low, high = normal.cdf((mean - 1) / spread), normal.cdf((mean + 1) / spread)
-    return normal.icdf(low + normal.cdf(eps) * (high - low))
+    return normal.icdf(low + u * (high - low))
 
 
 class SDACReference:
-    """State and update of SDAC. `policy` = (time layers, layers), `critics` = two lists of layers."""
+    """State and update of SDAC. `policy` = (time layers, layers), `critics` = two lists of layers.
+
+    The random numbers of an update: for each of two samplings (s' for the critics' target, s for the proposal) those of
+    `best_of_n` and then exploration noise (B, d); then t (B,), noise for a_t (B, d) and for the reverse samples
+    (B, M, d). The first sampling's may stand alone, if the policy's step is not due; with the others there, its loss is
+    computed in any case, as in the official code.
+    """
 
     def __init__(self, policy, critics, ema_policy, ema_critics, log_lambda, args):
         self.args = args
@@ -132,59 +141,85 @@ class SDACReference:
         self.critic_adams = [Adam(flat(critic), args.q_lr) for critic in critics]
         self.lambda_adam = Adam([log_lambda], args.lambda_lr)
 
+    @property
+    def temperature(self):
+        return self.args.temperature * self.log_lambda.detach().exp() / self.args.lambda_start
+
+    @property
+    def exploration_std(self):
+        return self.args.noise_scale * self.log_lambda.detach().exp()
+
     @torch.no_grad()
-    def sample_action(self, policy, observations, noise):
-        """N particles per state, each denoised on its own row; the best by min(Q1, Q2); noise; clip."""
-        batch, n = noise.start.shape[:2]
+    def best_of_n(self, policy, observations, noise):
+        """N particles per state, each denoised on its own row; the best by min(Q1, Q2).
+
+        From `noise` it takes pairs of tensors, the start (states, N, d) and the noise of the steps t = 0..T-1,
+        (T, states, N, d), until there is one state's for every observation.
+        """
+        starts, zs = [], []
+        while sum(len(start) for start in starts) < len(observations):
+            starts.append(noise.pop(0))
+            zs.append(noise.pop(0))
+        start, z = torch.cat(starts), torch.cat(zs, dim=1)
+        n = start.shape[1]
         rows = observations.repeat_interleave(n, dim=0)
-        a_t = 0.5 * noise.start.reshape(batch * n, -1)
+        a_t, z = 0.5 * start.reshape(len(rows), -1), z.reshape(len(z), len(rows), -1)
         for t in range(self.diffusion.steps - 1, -1, -1):
             t_rows = torch.full((len(rows),), float(t), dtype=rows.dtype)
             eps = sdac_noise_prediction(policy, rows, a_t, t_rows)
             abar = self.diffusion.abar[t]
             a_0 = ((a_t - math.sqrt(1 - abar) * eps) / math.sqrt(abar)).clamp(-1, 1)
             mean, std = self.diffusion.posterior(a_t, a_0, t)
-            a_t = mean + std * noise.steps[t].reshape(batch * n, -1)
-        q = sdac_min_q(self.critics, rows, a_t).reshape(batch, n)
-        actions = torch.stack([a_t.reshape(batch, n, -1)[i, int(q[i].argmax())] for i in range(batch)])
-        std = self.args.noise_scale * self.log_lambda.exp()
-        return (actions + std * noise.exploration).clamp(-1, 1)
+            a_t = mean + std * z[t]
+        q = sdac_min_q(self.critics, rows, a_t).reshape(-1, n)
+        particles = a_t.reshape(len(q), n, -1)
+        return torch.stack([particles[i, int(q[i].argmax())] for i in range(len(q))])
 
-    def policy_loss(self, observations, a_0, noise):
+    def explored(self, actions, eps):
+        return (actions + self.exploration_std * eps).clamp(-1, 1)
+
+    def act(self, observations, noise, explore):
+        noise = list(noise)
+        actions = self.best_of_n(self.ema_policy, observations, noise)
+        if explore:
+            actions = self.explored(actions, noise.pop(0))
+        assert not noise
+        return actions
+
+    def policy_loss(self, batch, noise):
         """Equation (6) in noise prediction, self-normalised, with M policy passes for each (s, a_t)."""
-        m, dim = self.args.num_reverse_samples, a_0.shape[1]
-        abar = torch.tensor(self.diffusion.abar, dtype=a_0.dtype)[noise.t][:, None]
-        a_t = abar.sqrt() * a_0 + (1 - abar).sqrt() * noise.forward
+        args, a_0 = self.args, batch.actions
+        if args.proposal == "policy":
+            a_0 = self.best_of_n(self.policy, batch.observations, noise)
+            a_0 = self.explored(a_0, noise.pop(0))
+        t, forward, reverse = noise.pop(0), noise.pop(0), noise.pop(0)
+        m, dim = args.num_reverse_samples, a_0.shape[1]
+        abar = torch.tensor(self.diffusion.abar, dtype=a_0.dtype)[t][:, None]
+        a_t = abar.sqrt() * a_0 + (1 - abar).sqrt() * forward
         wide = lambda x: x.repeat_interleave(m, dim=0)  # noqa: E731
-        eps = noise.reverse.reshape(-1, dim)
+        eps = reverse.reshape(-1, dim)
         with torch.no_grad():
-            if self.args.bounded_reverse_sampling:
+            if args.bounded_reverse_sampling:
                 eps = sdac_truncated(eps, wide(a_t / abar.sqrt()), wide((1 / abar - 1).sqrt()))
             samples = (wide(a_t / abar.sqrt()) - wide((1 / abar - 1).sqrt()) * eps).clamp(-1, 1)
-            q = sdac_min_q(self.critics, wide(observations), samples).reshape(-1, m)
-            temperature = self.args.temperature * self.log_lambda.exp() / self.args.lambda_start
-            weights = torch.exp(q / temperature - torch.logsumexp(q / temperature, dim=1, keepdim=True))
-        predicted = sdac_noise_prediction(self.policy, wide(observations), wide(a_t), wide(noise.t.to(a_0.dtype)))
+            q = sdac_min_q(self.critics, wide(batch.observations), samples).reshape(-1, m) / self.temperature
+            weights = torch.exp(q - torch.logsumexp(q, dim=1, keepdim=True))
+        predicted = sdac_noise_prediction(self.policy, wide(batch.observations), wide(a_t), wide(t.to(a_0.dtype)))
         return (weights.reshape(-1, 1) * (predicted - eps) ** 2).sum() / (len(a_0) * dim)
 
     def update(self, batch, step, noise):
-        args = self.args
-        temperature = args.temperature * self.log_lambda.detach().exp() / args.lambda_start
-        std = args.noise_scale * self.log_lambda.detach().exp()
+        args, std, noise = self.args, self.exploration_std, list(noise)
         with torch.no_grad():
-            next_actions = self.sample_action(self.policy, batch.next_observations, noise.next_action)
-            next_q = sdac_min_q(self.ema_critics, batch.next_observations, next_actions)
+            next_actions = self.best_of_n(self.policy, batch.next_observations, noise)
+            eps = noise.pop(0)
+            next_q = sdac_min_q(self.ema_critics, batch.next_observations, self.explored(next_actions, eps))
             if args.soft_critic:
                 normal = torch.distributions.Normal(torch.zeros_like(std), std)
-                next_q = next_q - temperature * normal.log_prob(std * noise.next_action.exploration).sum(1)
+                next_q = next_q - self.temperature * normal.log_prob(std * eps).sum(1)
             y = args.reward_scale * batch.rewards + args.gamma * (1 - batch.dones) * next_q
         critic_losses = [((sdac_q(c, batch.observations, batch.actions) - y) ** 2).mean() for c in self.critics]
-        policy_loss = None
-        if noise.t is not None:
-            a_0 = batch.actions
-            if args.proposal == "policy":
-                a_0 = self.sample_action(self.policy, batch.observations, noise.proposal)
-            policy_loss = self.policy_loss(batch.observations, a_0, noise)
+        policy_loss = self.policy_loss(batch, noise) if noise else None
+        assert not noise
 
         for adam, loss in zip(self.critic_adams, critic_losses):
             adam.step(loss)
@@ -207,7 +242,10 @@ class SDACReference:
 
 
 class SACReference:
-    """`policy` and the two `critics` are lists of layers; the policy's last layer gives means, then log deviations."""
+    """`policy` and the two `critics` are lists of layers; the policy's last layer gives means, then log deviations.
+
+    The random numbers of an update: noise (B, d) for a' and for a.
+    """
 
     def __init__(self, policy, critics, target_critics, log_alpha, args):
         self.args = args
@@ -231,17 +269,26 @@ class SACReference:
     def q(self, critic, observations, actions):
         return mlp(critic, torch.cat([observations, actions], dim=1), relu)[:, 0]
 
+    @torch.no_grad()
+    def act(self, observations, noise, explore):
+        if explore:
+            (eps,) = noise
+            return self.sample(observations, eps)[0]
+        assert not noise
+        output = mlp(self.policy, observations, relu)
+        return torch.tanh(output[:, : output.shape[1] // 2])
+
     def update(self, batch, step, noise):
-        args = self.args
+        args, (next_eps, eps) = self.args, noise
         alpha = self.log_alpha.detach().exp()
         with torch.no_grad():
-            next_actions, next_log_prob = self.sample(batch.next_observations, noise.next_action)
+            next_actions, next_log_prob = self.sample(batch.next_observations, next_eps)
             next_qs = [self.q(c, batch.next_observations, next_actions) for c in self.target_critics]
             soft_value = torch.minimum(*next_qs) - alpha * next_log_prob
             y = batch.rewards + args.gamma * (1 - batch.dones) * soft_value
         for critic, adam in zip(self.critics, self.critic_adams):
             adam.step(((self.q(critic, batch.observations, batch.actions) - y) ** 2).mean())
-        actions, log_prob = self.sample(batch.observations, noise.action)
+        actions, log_prob = self.sample(batch.observations, eps)
         q = torch.minimum(*(self.q(c, batch.observations, actions) for c in self.critics))
         self.policy_adam.step((alpha * log_prob - q).mean())
         entropy_gap = (log_prob.detach() - batch.actions.shape[1]).mean()
@@ -253,7 +300,7 @@ class SACReference:
 
 
 class TD3Reference:
-    """`policy` and the two `critics` are lists of layers."""
+    """`policy` and the two `critics` are lists of layers. The random numbers of an update: noise (B, d) for a'."""
 
     def __init__(self, policy, critics, target_policy, target_critics, args):
         self.args = args
@@ -267,12 +314,19 @@ class TD3Reference:
     def q(self, critic, observations, actions):
         return mlp(critic, torch.cat([observations, actions], dim=1), relu)[:, 0]
 
+    @torch.no_grad()
+    def act(self, observations, noise, explore):
+        actions = torch.tanh(mlp(self.policy, observations, relu))
+        if explore:
+            (eps,) = noise
+            return (actions + self.args.exploration_noise * eps).clamp(-1, 1)
+        assert not noise
+        return actions
+
     def update(self, batch, step, noise):
-        args = self.args
+        args, (eps,) = self.args, noise
         with torch.no_grad():
-            eps = torch.maximum(
-                torch.minimum(args.policy_noise * noise, torch.tensor(args.noise_clip)), torch.tensor(-args.noise_clip)
-            )
+            eps = (args.policy_noise * eps).clamp(-args.noise_clip, args.noise_clip)
             next_actions = torch.tanh(mlp(self.target_policy, batch.next_observations, relu)) + eps
             next_actions = next_actions.clamp(-1, 1)
             next_qs = [self.q(c, batch.next_observations, next_actions) for c in self.target_critics]
@@ -294,7 +348,11 @@ def qsm_alphas(steps, b_min=0.1, b_max=10.0):
 
 
 class QSMReference:
-    """`policy` = (frequencies, condition layers, layers); `critics` are two lists of layers."""
+    """`policy` = (frequencies, condition layers, layers); `critics` are two lists of layers.
+
+    The random numbers of `act`: the start (B, d), noise of the steps t = 0..T-1 (T, B, d) and exploration noise (B, d).
+    Those of an update: the same for s', then t (B,) and noise for a_t (B, d).
+    """
 
     def __init__(self, policy, critics, target_critics, args):
         self.args = args
@@ -317,32 +375,36 @@ class QSMReference:
         return mlp(critic, torch.cat([observations, actions], dim=1), relu)[:, 0]
 
     @torch.no_grad()
-    def sample_action(self, observations, noise):
-        a = noise.start
+    def act(self, observations, noise, explore):
+        a, z, *noise = noise
         for t in range(self.args.diffusion_steps - 1, -1, -1):
             eps = self.noise_prediction(observations, a, torch.full((len(a),), float(t), dtype=a.dtype))
             alpha, abar = self.alpha[t], self.abar[t]
             a = (a - (1 - alpha) / math.sqrt(1 - abar) * eps) / math.sqrt(alpha)
             if t > 0:
-                a = a + math.sqrt(1 - alpha) * noise.steps[t]
+                a = a + math.sqrt(1 - alpha) * z[t]
             a = a.clamp(-1, 1)
-        return (a + self.args.exploration_noise * noise.exploration).clamp(-1, 1)
+        if explore:
+            (exploration,) = noise
+            return (a + self.args.exploration_noise * exploration).clamp(-1, 1)
+        assert not noise
+        return a
 
     def update(self, batch, step, noise):
-        args = self.args
+        args, (*acting, t, eps) = self.args, noise
         with torch.no_grad():
-            next_actions = self.sample_action(batch.next_observations, noise.next_action)
+            next_actions = self.act(batch.next_observations, acting, explore=True)
             next_qs = [self.q(c, batch.next_observations, next_actions) for c in self.target_critics]
             y = batch.rewards + args.gamma * (1 - batch.dones) * torch.minimum(*next_qs)
         for critic, adam in zip(self.critics, self.critic_adams):
             adam.step(((self.q(critic, batch.observations, batch.actions) - y) ** 2).mean())
         moving_average(self.target_critics, self.critics, args.tau)
 
-        abar = torch.tensor(self.abar, dtype=batch.actions.dtype)[noise.t][:, None]
-        a_t = (abar.sqrt() * batch.actions + (1 - abar).sqrt() * noise.forward).requires_grad_(True)
+        abar = torch.tensor(self.abar, dtype=batch.actions.dtype)[t][:, None]
+        a_t = (abar.sqrt() * batch.actions + (1 - abar).sqrt() * eps).requires_grad_(True)
         gradients = [torch.autograd.grad(self.q(c, batch.observations, a_t).sum(), a_t)[0] for c in self.critics]
         gradient = (gradients[0] + gradients[1]) / 2
-        predicted = self.noise_prediction(batch.observations, a_t.detach(), noise.t.to(a_t.dtype))
+        predicted = self.noise_prediction(batch.observations, a_t.detach(), t.to(a_t.dtype))
         self.policy_adam.lr = (
             args.policy_lr * 0.5 * (1 + math.cos(PI * min(self.policy_adam.t / args.policy_lr_steps, 1)))
         )

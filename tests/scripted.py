@@ -1,7 +1,5 @@
 """Environments whose every transition is known, registered on import: `scripted:Scripted-v0` and its faulty kin."""
 
-import collections
-
 import gymnasium as gym
 import numpy as np
 
@@ -19,10 +17,11 @@ class Scripted(gym.Env):
         {"episode": gym.spaces.Box(0, 1e6, (1,)), "where": gym.spaces.Box(0, 1e6, (2,), np.float64)}
     )
     action_space = gym.spaces.Box(LOW, HIGH)
-    fault_step, fault = None, None
     log = []  # (index, episode, t, action) of every step in this process
+    made = 0
 
     def __init__(self, render_mode=None):
+        type(self).made += 1
         self.index, self.episode, self.steps = 0, -1, 0
 
     def reset(self, seed=None, options=None):
@@ -39,35 +38,90 @@ class Scripted(gym.Env):
         assert action.shape == (2, 1) and self.action_space.contains(action.astype(np.float32)), action
         self.log.append((self.index, self.episode, self.t, np.array(action)))
         self.t, self.steps = self.t + 1, self.steps + 1
-        observation, reward = self.observation(), 100.0 * self.index + 10 * self.episode + self.t
-        if self.steps == self.fault_step:
-            if self.fault == "raise":
-                raise ValueError("the simulator\nexploded")
-            if self.fault == "reward":
-                reward = float("nan")
-            if self.fault == "observation":
-                observation["where"][1] = np.inf
+        reward = 100.0 * self.index + 10 * self.episode + self.t
         end = self.t == self.index + 3
-        return observation, reward, end and self.episode % 2 == 0, end and self.episode % 2 == 1, {}
+        return self.observation(), reward, end and self.episode % 2 == 0, end and self.episode % 2 == 1, {}
 
 
-def faulty(name, fault, step=60):
-    cls = type(name, (Scripted,), {"fault": fault, "fault_step": step})
-    gym.register(f"{name}-v0", lambda **kwargs: cls(**kwargs))
+class Faulty(Scripted):
+    """Something goes wrong at the 60th step of an environment, whatever its episode."""
+
+    def step(self, action):
+        transition = super().step(action)
+        return self.fault(*transition) if self.steps == 60 else transition
 
 
-gym.register("Scripted-v0", lambda **kwargs: Scripted(**kwargs))
-faulty("Raising", "raise")
-faulty("RaisingSoon", "raise", step=10)
-faulty("NanReward", "reward")
-faulty("InfiniteObservation", "observation")
+class Raising(Faulty):
+    def fault(self, *transition):
+        raise ValueError("the simulator exploded")
+
+
+class NanReward(Faulty):
+    def fault(self, observation, reward, *rest):
+        return observation, float("nan"), *rest
+
+
+class HugeReward(Faulty):
+    """Finite as float64, infinite as float32."""
+
+    def fault(self, observation, reward, *rest):
+        return observation, 1e39, *rest
+
+
+class InfiniteObservation(Faulty):
+    def fault(self, observation, *rest):
+        return observation | {"where": np.array([self.index, np.inf])}, *rest
+
+
+class RaisingReset(Scripted):
+    def reset(self, seed=None, options=None):
+        raise ValueError("no such track")
+
+
+class NoSeed(Scripted):
+    """`reset` as in the old gym."""
+
+    def reset(self):
+        return super().reset()
+
+
+class OnlyTwo(Scripted):
+    """A third instance can't be made: robots on cables."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+        if self.made > 2:
+            raise ConnectionError("the cable is in use")
+
+
+class Endless(Scripted):
+    """Episodes without an end; pays 1 a step. Says when it starts."""
+
+    def reset(self, seed=None, options=None):
+        print("start", flush=True)
+        return super().reset(seed, options)
+
+    def step(self, action):
+        self.t += 1
+        return self.observation(), 1.0, False, False, {}
+
+
+class OwnEpisode(Scripted):
+    """Its info has the key that gymnasium's statistics use."""
+
+    def step(self, action):
+        *transition, info = super().step(action)
+        return *transition, info | {"episode": self.episode}
 
 
 class Unbounded(Scripted):
     action_space = gym.spaces.Box(-np.inf, np.inf, (2,))
 
 
-gym.register("Unbounded-v0", lambda **kwargs: Unbounded(**kwargs))
+class Pinned(Scripted):
+    """One of the actions can't move."""
+
+    action_space = gym.spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 0.0], np.float32))
 
 
 class Wide(Scripted):
@@ -79,13 +133,9 @@ class Wide(Scripted):
         return np.concatenate([np.full(5000, self.episode), [self.index, self.t]]).astype(np.float32)
 
 
-gym.register("Wide-v0", lambda **kwargs: Wide(**kwargs))
-
-
-class Quiet(Scripted):
-    """Remembers nothing, so that memory can be measured."""
-
-    log = collections.deque(maxlen=0)
-
-
-gym.register("Quiet-v0", lambda **kwargs: Quiet(**kwargs))
+KIN = [
+    Scripted, Raising, NanReward, HugeReward, InfiniteObservation, RaisingReset, NoSeed, OnlyTwo, Endless, OwnEpisode,
+    Unbounded, Pinned, Wide,
+]  # fmt: skip
+for kin in KIN:
+    gym.register(f"{kin.__name__}-v0", kin)

@@ -78,11 +78,10 @@ def test_a_campaign_runs_skips_and_resumes(tmp_path, monkeypatch):
         campaign.subprocess, "Popen", lambda command, **k: (started.append(command), start(command, **k))[1]
     )
     assert campaign.run(*everything) == [] and started == []  # all finished
-    table = folders[0] / "evaluations.csv"
-    table.write_text("".join(table.read_text().splitlines(keepends=True)[:2]))  # as if killed after step 15
-    assert campaign.run(*everything) == []
-    assert len(started) == 1 and "--resume" in started[0] and campaign.last_step(folders[0]) == 30
-    assert len(list((work / "runs").iterdir())) == 4
+    longer = ["--total-timesteps", "45"]
+    assert campaign.run("tiny", ["sac"], ["Pendulum-v1"], [1, 2], 2, longer, work) == []
+    assert len(started) == 2 and all("--resume" in command for command in started)
+    assert sorted(campaign.last_step(folder) for folder in (work / "runs").iterdir()) == [30, 30, 45, 45]
 
     campaign.draw("tiny")
     assert (tmp_path / "results" / "tiny" / "curves.png").stat().st_size > 5000

@@ -1,264 +1,326 @@
-"""Nothing is lost: runs killed at random moments, full and read-only disks, random arguments, long runs."""
+"""Nothing is lost: signals, closed pipes, environments that raise, full disks, kills at random moments."""
 
-import csv
-import dataclasses
-import importlib
+import io
 import json
-import math
 import multiprocessing
 import os
+import pty
 import random
-import resource
+import signal
 import subprocess
+import sys
 import time
 
-import hypothesis
 import pytest
+import scripted
 import torch
-from conftest import TESTS, ROOT
-from hypothesis import strategies
-from test_cli import RL_SCRIPTS, SMALL, refused, run_folder, steps
+from conftest import ROOT, SMALL, TESTS, environment, evaluations, load, run_folder
 
-CPU = torch.device("cpu")
+# Without an end, on a real task; the networks are those of test_cli.py and already compiled
+ENDLESS = [*SMALL["sac"].split(), "--env-id", "Hopper-v4", "--num-envs", "5", "--learning-starts", "800"]
+ENDLESS += ["--eval-frequency", "500", "--eval-episodes", "2", "--checkpoint-frequency", "1000000000"]
+ENDLESS += ["--total-timesteps", "1000000000"]
+
+# A scripted task with large observations; a good part of such a run is spent on writing checkpoints
+WRITING = (
+    "--env-id scripted:Wide-v0 --device cpu --hidden-size 8 --batch-size 8 --num-envs 2 --learning-starts 100"
+    " --eval-frequency 50 --eval-episodes 1 --buffer-size 1000 --checkpoint-frequency 70"
+).split()
+
+# Scripted tasks in this process
+FLAGS = "--device cpu --hidden-size 8 --batch-size 8 --learning-starts 30 --eval-episodes 1 --num-envs 2".split()
 
 
-# Killed anywhere
+def wait(condition, process=None):
+    """Until the condition holds; returns what it returned."""
+    deadline = time.time() + 200
+    while not (result := condition()):
+        assert process is None or process.poll() is None, "the process has ended"
+        assert time.time() < deadline
+        time.sleep(0.01)
+    return result
 
 
-def killable(script, folder, settings):
-    """Start or go on with a run, in a process of its own."""
-    torch.set_num_threads(1)
-    module = importlib.import_module(script)
-    agent, args = getattr(module, RL_SCRIPTS[script]), module.Args(**settings)
-    whole = (folder / "checkpoint.pt").exists()
-    module.train(agent, args, folder, module.load_checkpoint(str(folder), agent.__name__) if whole else None, CPU)
+def evaluated(path, step):
+    """Whether the run in `path` has been evaluated at this step."""
+    return any(f"\n{step}," in table.read_text() for table in path.glob("runs/*/evaluations.csv"))
 
 
 @pytest.fixture
-def processes(monkeypatch):
-    """Processes that start fast, since a server has imported everything for them."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(TESTS)]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_faults", "scripted", "sdac", "sac", "td3", "qsm"])
-    return context
+def start(tmp_path):
+    """Start sac.py as a subprocess; returns the process, which ends with the test."""
+    processes = []
 
+    def start(*arguments):
+        command = [sys.executable, str(ROOT / "sac.py"), *map(str, arguments)]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, cwd=tmp_path, env=environment(), **streams))
+        return processes[-1]
 
-def test_a_run_killed_thirty_times_loses_nothing(processes, tmp_path):
-    """One run, killed 30 times at random moments and resumed each time; a good part of it is spent writing."""
-    import sdac
-
-    settings = dict(
-        env_id="scripted:Wide-v0", device="cpu", hidden_size=8, num_particles=2, num_reverse_samples=2, diffusion_steps=2,
-        batch_size=8, buffer_size=2000, num_envs=2, learning_starts=100, total_timesteps=10**6, eval_frequency=50,
-        eval_episodes=1, checkpoint_frequency=70,
-    )  # fmt: skip
-    (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(sdac.Args(**settings))))
-    dice, killed_while_writing, last = random.Random(0), 0, -1
-    for attempt in range(30):
-        started, now = tmp_path / "evaluations.csv", time.time()
-        written = started.stat().st_mtime_ns if started.exists() else 0
-        process = processes.Process(target=killable, args=("sdac", tmp_path, settings))
-        process.start()
-        while not started.exists() or started.stat().st_mtime_ns == written:  # until training starts
-            assert process.is_alive() and time.time() - now < 60
-            time.sleep(0.01)
-        time.sleep(dice.uniform(0.0, 1.0))
-        if attempt % 2:  # every other time, a moment later while a checkpoint is being written
-            while not (tmp_path / "checkpoint.pt.new").exists():
-                assert process.is_alive()
-                time.sleep(0.0005)
-            time.sleep(dice.uniform(0.0, 0.03))
+    yield start
+    for process in processes:
         process.kill()
-        process.join()
-        assert process.exitcode == -9
-        killed_while_writing += (tmp_path / "checkpoint.pt.new").exists()
-        if (tmp_path / "checkpoint.pt").exists():
-            checkpoint = sdac.load_checkpoint(str(tmp_path), "SDAC")  # checks every checksum
-            assert checkpoint["step"] >= last
-            last = checkpoint["step"]
-            table = steps(tmp_path)
-            assert table[: len(checkpoint["evaluations"])] == [row[0] for row in checkpoint["evaluations"]]
-            assert table == list(range(50, 50 * len(table) + 1, 50))  # none doubled, missing or cut short
-    assert killed_while_writing >= 5 and last > 500
-    end = (last // 50 + 3) * 50
-    process = processes.Process(target=killable, args=("sdac", tmp_path, settings | {"total_timesteps": end}))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
-    assert steps(tmp_path) == list(range(50, end + 1, 50))
-    assert not (tmp_path / "checkpoint.pt.new").exists()
+        process.communicate()
 
 
-# Disks
+def goes_on(inside, folder, *arguments):
+    """The run can be resumed."""
+    further = load(folder)["step"] + 10
+    process = inside("sac", "--resume", folder, "--total-timesteps", further, *arguments)
+    assert process.returncode == 0, process.stderr
+    assert load(folder)["step"] == further
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_write_a_checkpoint_first(start, inside, tmp_path, number):
+    process = start(*ENDLESS)
+    wait(lambda: evaluated(tmp_path, 1000), process)  # it learns
+    process.send_signal(number)
+    output = "".join(process.communicate(timeout=100))
+    assert process.returncode == 128 + number and "Traceback" not in output, output
+    folder = run_folder(tmp_path)
+    assert load(folder)["step"] >= 1000 and load(folder)["updates"] >= 40
+    goes_on(inside, folder)
+
+
+def test_ctrl_c_in_a_terminal_during_the_first_compilation(inside, tmp_path):
+    """The terminal sends it to all processes of the group, those that compile included."""
+    variables = environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execve(sys.executable, [sys.executable, str(ROOT / "sac.py"), *ENDLESS], variables)
+    os.set_blocking(terminal, False)
+    output, pressed = b"", None
+    while True:
+        try:
+            output += os.read(terminal, 10_000)
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:  # the terminal's other end is closed
+            break
+        if pressed is None and evaluated(tmp_path, 500):
+            pressed = time.time() + 3
+        if pressed and time.time() > pressed:
+            os.write(terminal, b"\x03")
+            pressed = float("inf")
+    _, status = os.waitpid(pid, 0)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 130, output.decode()
+    assert b"Traceback" not in output and b"KeyboardInterrupt" not in output, output.decode()
+    checkpoint = load(run_folder(tmp_path))
+    assert checkpoint["step"] >= 500 and checkpoint["updates"] == 0
+    goes_on(inside, run_folder(tmp_path))
+
+
+def test_further_signals_during_the_save_do_not_disturb_it(start, tmp_path):
+    process = start(*WRITING, "--checkpoint-frequency", 10**9)
+    wait(lambda: evaluated(tmp_path, 500), process)
+    while process.poll() is None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            process.send_signal(number)
+            time.sleep(0.001)
+    output = "".join(process.communicate())
+    assert process.returncode == 130 and "Traceback" not in output, output
+    assert load(run_folder(tmp_path))["step"] >= 500
+
+
+def test_ctrl_c_ends_an_evaluation_without_a_traceback(start, inside, tmp_path):
+    inside("sac", "--env-id", "Scripted-v0", *FLAGS, "--total-timesteps", 10)
+    process = start("--evaluate", run_folder(tmp_path), "--env-id", "scripted:Endless-v0")
+    assert process.stdout.readline() == "start\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=100)[1] == "" and process.returncode == 130
+
+
+# Closed pipes
+
+
+def test_stdout_closed(tmp_path):
+    command = f"{sys.executable} {ROOT / 'sac.py'} {' '.join(WRITING)} --total-timesteps 200 | head -1"
+    process = subprocess.run(command, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert "run folder" in process.stdout
+    assert load(run_folder(tmp_path))["step"] == 200
+
+
+def test_stderr_closed(inside, monkeypatch, tmp_path):
+    class Closed(io.StringIO):
+        """A pipe to a viewer that the user leaves after a while."""
+
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            if evaluated(tmp_path, 500):
+                raise BrokenPipeError
+
+    with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
+        patch.setattr("sys.stderr", Closed())
+        inside("sac", *ENDLESS)
+    assert load(run_folder(tmp_path))["step"] >= 500
+    goes_on(inside, run_folder(tmp_path))
+
+
+# Environments
+
+
+def test_an_environment_that_raises_keeps_its_traceback_and_the_run_can_go_on(inside, tmp_path):
+    with pytest.raises(ValueError, match="the simulator exploded") as raised:
+        inside("sac", "--env-id", "Raising-v0", *FLAGS, "--total-timesteps", 300)
+    assert str(raised.traceback[-1].path) == scripted.__file__
+    checkpoint = load(run_folder(tmp_path))
+    assert checkpoint["updates"] == 44 and len(checkpoint["buffer"]["columns"][0]) == 118
+    goes_on(inside, run_folder(tmp_path))
+
+
+def test_an_environment_that_raises_while_it_is_evaluated(inside, monkeypatch, tmp_path):
+    """The third instance is the evaluation's."""
+    monkeypatch.setattr(scripted.OnlyTwo, "made", 0)
+    with pytest.raises(ConnectionError, match="the cable is in use"):
+        inside("sac", "--env-id", "OnlyTwo-v0", *FLAGS, "--total-timesteps", 100)
+    assert load(run_folder(tmp_path))["step"] == 100
+
+
+@pytest.mark.parametrize(
+    "env_id, error, message",
+    [
+        ("RaisingReset-v0", ValueError, "no such track"),
+        ("NoSeed-v0", TypeError, "seed"),
+        ("OnlyTwo-v0", ConnectionError, "the cable is in use"),
+    ],
+)
+def test_an_environment_that_can_not_start_leaves_no_run_folder(inside, monkeypatch, tmp_path, env_id, error, message):
+    monkeypatch.setattr(scripted.OnlyTwo, "made", 0)
+    with pytest.raises(error, match=message):
+        inside("sac", "--env-id", env_id, *FLAGS, "--num-envs", 3)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flags", [["--evaluate"], ["--total-timesteps", 110, "--resume"]])
+def test_a_strangers_run_folder_imports_no_module_unless_the_command_line_names_it(
+    inside, monkeypatch, tmp_path, flags
+):
+    inside("sac", "--env-id", "Scripted-v0", *FLAGS, "--total-timesteps", 100)
+    folder = run_folder(tmp_path)
+    arguments = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(arguments | {"env_id": "payload:Scripted-v0"}))
+    (tmp_path / "payload.py").write_text("open('was-here', 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "payload", raising=False)
+
+    process = inside("sac", *flags, folder)
+    assert process.returncode == 2 and "--env-id payload:Scripted-v0" in process.stderr
+    assert not (tmp_path / "was-here").exists()
+
+    process = inside("sac", *flags, folder, "--env-id", "payload:Scripted-v0")
+    assert process.returncode == 0 and (tmp_path / "was-here").exists()
+
+
+def test_half_cheetah_runs_without_warnings_from_mujoco(run, tmp_path):
+    flags = f"--env-id HalfCheetah-v4 --total-timesteps 10 --eval-episodes 2 {SMALL['sac']}"
+    process = run("sac", *flags.split())
+    assert process.returncode == 0 and "warning" not in (process.stdout + process.stderr).lower()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+# Disks and kills
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 12 MB that can be mounted anew with other options."""
+    """A file system of 8 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-
-    def mount(options):
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
-        if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("no permission to mount a file system")
-        return disk
-
-    yield mount
-    subprocess.run(["umount", str(disk)], capture_output=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no permission to mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], capture_output=True)
 
 
-LONG = "--env-id Hopper-v4 --num-envs 5 --total-timesteps 100000 --learning-starts 100000 --eval-frequency 100000"
+def test_a_full_disk_leaves_the_old_checkpoint_whole(run, small_disk):
+    """Checkpoints grow by 40 kB a step; while one is written, the old one is still there."""
+    process = run("sac", *WRITING, "--checkpoint-frequency", 20, cwd=small_disk)
+    assert process.returncode not in (0, 2) and "Traceback" in process.stderr
+    folder = run_folder(small_disk)
+    saved = load(folder)
+    assert saved["step"] >= 40 and not list(folder.glob("*.pt.*"))
+
+    # owner: args.json is emptied before it is written anew
+    (small_disk / "large").write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize))
+    process = run("sac", "--resume", folder, "--env-id", "scripted:Wide-v0", cwd=small_disk)
+    assert process.returncode != 0
+    assert json.loads((folder / "args.json").read_text())["env_id"] == "scripted:Wide-v0"
+    assert load(folder)["step"] == saved["step"]
 
 
-@pytest.mark.parametrize("script", ["td3"])
-def test_a_full_disk_stops_the_run_and_leaves_a_whole_checkpoint(run, small_disk, script):
-    disk = small_disk("size=4m")
-    process = run(script, *LONG.split(), "--checkpoint-frequency", 2000, *SMALL[script].split(), cwd=disk)
-    refused(process, "checkpoint.pt", "No space left", "still whole")
-    folder = run_folder(disk)
-    module = importlib.import_module(script)
-    checkpoint = module.load_checkpoint(str(folder), RL_SCRIPTS[script])
-    assert checkpoint["step"] >= 2000 and not (folder / "checkpoint.pt.new").exists()
-    assert subprocess.run(["mount", "-o", "remount,size=64m", str(disk)]).returncode == 0
-    further = run(script, "--resume", folder, "--total-timesteps", checkpoint["step"] + 500, cwd=disk)
-    assert further.returncode == 0, further.stderr
+@pytest.fixture
+def children(monkeypatch, tmp_path):
+    """Start sac.py as a process forked from one that has imported everything, which is fast; it ends with the test."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(TESTS)]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sac", "scripted"])
+    processes = []
+
+    def start(*arguments):
+        processes.append(context.Process(target=child, args=(tmp_path, *arguments)))
+        processes[-1].start()
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
 
 
-@pytest.mark.parametrize("script", ["td3"])
-def test_a_read_only_folder(run, small_disk, script):
-    disk = small_disk("size=64m")
-    short = [*LONG.split(), *SMALL[script].split(), "--total-timesteps", "500"]
-    assert run(script, *short, cwd=disk).returncode == 0
-    folder = run_folder(disk)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert subprocess.run(["mount", "-o", "remount,ro", str(disk)]).returncode == 0
-    refused(run(script, *short, cwd=disk), "can't make the run folder", "Read-only")
-    refused(run(script, "--resume", folder, "--total-timesteps", 1000, cwd=disk), "can't write", "Read-only")
-    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+def child(cwd, *arguments):
+    """What such a process does."""
+    import sac
+
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = ["sac.py", "--no-compile", *map(str, arguments)]
+    sac.main(sac.SAC)
 
 
-def test_toy_on_a_full_or_read_only_disk(run, small_disk):
-    short = "--iterations 5 --samples 100 --diffusion-steps 5 --batch-size 8 --num-reverse-samples 4 --hidden-size 8"
-    disk = small_disk("size=4k")
-    refused(run("toy_rssm", *short.split(), cwd=disk), "can't write", "No space left")
-    assert subprocess.run(["mount", "-o", "remount,ro", str(disk)]).returncode == 0
-    refused(run("toy_rssm", *short.split(), cwd=disk), "can't write", "Read-only")
+def test_a_run_killed_ten_times_loses_nothing(children, tmp_path):
+    dice, last, arguments = random.Random(0), 0, [*WRITING, "--total-timesteps", 10**6]
+    for _ in range(10):
+        process = children(*arguments)
+        tables = lambda: [table.stat().st_mtime_ns for table in tmp_path.glob("runs/*/evaluations.csv")]  # noqa: E731
+        before = tables()
+        wait(lambda: tables() != before)  # training has started
+        wait(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
+        time.sleep(dice.uniform(0, 1))
+        process.kill()
+        process.join()
+        folder = run_folder(tmp_path)
+        checkpoint = load(folder)
+        assert checkpoint["step"] >= last
+        torch.load(folder / "policy.pt", weights_only=True)
+        last = checkpoint["step"]
+        arguments = ["--resume", folder, "--env-id", "scripted:Wide-v0"]
+    assert last > 500
+    end = (last // 50 + 3) * 50
+    process = children(*arguments, "--total-timesteps", end)
+    process.join(100)
+    assert process.exitcode == 0
+    assert [row[0] for row in evaluations(folder)] == list(range(50, end + 1, 50))
 
 
-# Random arguments
-
-
-def values(kind):
-    numbers = strategies.one_of(
-        strategies.integers(-3, 10),
-        strategies.integers(),
-        strategies.floats(),
-        strategies.floats(-1, 2),
-        strategies.sampled_from(["", "x", "1e3", "0x10", "--", "None", "1_000", "-0.0", "∞"]),
-    )
-    words = strategies.one_of(
-        strategies.text(max_size=5), strategies.sampled_from(["cpu", "auto", "replay", "policy", "a/b"])
-    )
-    return words.map(str) if kind == "str" else numbers.map(str)
-
-
-def argument_lists(module):
-    fields = [f for f in dataclasses.fields(module.Args) if f.type != "bool"]
-    switches = [f for f in dataclasses.fields(module.Args) if f.type == "bool"]
-    pairs = [values(f.type).map(lambda v, f=f: [f"--{f.name.replace('_', '-')}={v}"]) for f in fields]
-    flags = [strategies.sampled_from([[f"--{f.name}"], [f"--no-{f.name}"]]) for f in switches]
-    odd = strategies.sampled_from([["--nonsense"], ["stray"], ["--gamma"], ["--gamma", "0.9", "--gamma", "2"]])
-    return strategies.lists(strategies.one_of(*pairs, *flags, odd), min_size=1, max_size=4).map(lambda x: sum(x, []))
-
-
-@pytest.mark.parametrize("script", RL_SCRIPTS)
-def test_random_arguments_are_accepted_or_refused_in_one_line(script, monkeypatch):
-    module, outcomes = importlib.import_module(script), {"accepted": 0, "refused": 0}
-
-    @hypothesis.settings(
-        max_examples=300,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(argument_lists(module))
-    def check(arguments):
-        monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments])
-        try:
-            args = module.parse_arguments()
-            module.check_arguments(args)
-        except module.Failure as failure:
-            outcomes["refused"] += 1
-            assert str(failure) and len(str(failure).splitlines()) == 1
-            return
-        outcomes["accepted"] += 1
-        for name, (low, high) in module.RANGES.items():
-            assert low <= getattr(args, name) <= high and math.isfinite(getattr(args, name))
-
-    check()
-    assert outcomes["accepted"] >= 10 and outcomes["refused"] >= 100 and sum(outcomes.values()) >= 300, outcomes
-
-
-def test_random_arguments_to_the_toy(monkeypatch, capsys):
-    import toy_rssm
-
-    outcomes = {"accepted": 0, "refused": 0}
-
-    @hypothesis.settings(
-        max_examples=300,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(argument_lists(toy_rssm))
-    def check(arguments):
-        monkeypatch.setattr("sys.argv", ["toy_rssm.py", *arguments])
-        try:
-            args = toy_rssm.parse_arguments()
-        except SystemExit as stop:
-            outcomes["refused"] += 1
-            assert stop.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
-            return
-        outcomes["accepted"] += 1
-        assert all(low <= getattr(args, name) <= high for name, (low, high) in toy_rssm.RANGES.items())
-
-    check()
-    assert outcomes["accepted"] >= 10 and outcomes["refused"] >= 100, outcomes
-
-
-# Long runs
-
-
-def resident_mb():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
-
-
-def test_memory_stays_flat_over_fifty_thousand_steps_and_files_are_closed(tmp_path):
-    import td3
-
-    memory = {}
-
-    class Watched(td3.TD3):
-        def update(self, batch, step):
-            if step % 500 == 0:
-                memory[step] = resident_mb()
-            return super().update(batch, step)
-
-    Watched.__name__ = "TD3"
-    args = td3.Args(
-        env_id="scripted:Quiet-v0", device="cpu", hidden_size=8, batch_size=16, buffer_size=1000, num_envs=10,
-        learning_starts=1000, total_timesteps=55_000, eval_frequency=5000, eval_episodes=2, checkpoint_frequency=5000,
-    )  # fmt: skip
-    (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(args)))
-    before = set(os.listdir("/proc/self/fd"))
-    td3.train(Watched, args, tmp_path, None, CPU)
-    assert set(os.listdir("/proc/self/fd")) == before
-    with open(tmp_path / "evaluations.csv") as file:
-        assert len(list(csv.DictReader(file))) == 11
-    settled = [megabytes for step, megabytes in sorted(memory.items()) if step >= 400]
-    assert len(settled) >= 10 and max(settled[1:]) - settled[1] < 8, memory
+def test_every_checkpoint_of_two_processes_on_one_run_folder_is_whole(children, inside, tmp_path):
+    inside("sac", *WRITING, "--env-id", "Wide-v0", "--total-timesteps", 200)
+    folder = run_folder(tmp_path)
+    more = ["--resume", folder, "--total-timesteps", 800, "--checkpoint-frequency", 20]
+    pair = [children(*more) for _ in range(2)]
+    seen = set()
+    while any(process.is_alive() for process in pair):
+        seen.add(load(folder)["step"])
+    assert [process.exitcode for process in pair] == [0, 0]
+    assert len(seen) > 10 and not list(folder.glob("*.pt.*"))

@@ -1,75 +1,59 @@
-"""The harness against scripted environments. It is the same text in all RL scripts (`test_files.py` compares it), so
-what needs no command line is tested once, through sdac.py."""
+"""The harness on scripted environments. It is the same text in all RL scripts (`test_files.py` compares it), so what
+needs no command line is tested once, in this process and not compiled, mostly through sac.py."""
 
-import csv
-import dataclasses
+import importlib
 import json
 import math
-import signal
 
 import numpy as np
 import pytest
 import scripted
 import torch
+from conftest import RL_SCRIPTS, SMALL, equal, evaluations, load, run_folder
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import sdac
+import sac
+import td3
 
 CPU = torch.device("cpu")
-TINY = dict(
-    env_id="Scripted-v0", device="cpu", hidden_size=8, num_particles=2, num_reverse_samples=2, diffusion_steps=2,
-    batch_size=8, buffer_size=200, num_envs=3, learning_starts=30, total_timesteps=90, eval_frequency=30,
-    eval_episodes=2, checkpoint_frequency=30,
-)  # fmt: skip
+FLAGS = (
+    "--device cpu --hidden-size 8 --batch-size 8 --buffer-size 200 --num-envs 3 --learning-starts 30"
+    " --total-timesteps 90 --eval-frequency 30 --eval-episodes 2 --checkpoint-frequency 30"
+).split()
 
 
 @pytest.fixture(autouse=True)
-def clean():
+def fresh_log():
     scripted.Scripted.log.clear()
-    sdac.SIGNALS.clear()
-    yield
-    sdac.SIGNALS.clear()
 
 
-def train(folder, checkpoint=None, agent=sdac.SDAC, **changes):
-    """A run in `folder`; returns its last checkpoint."""
-    args = sdac.Args(**{**TINY, **changes})
-    folder.mkdir(exist_ok=True)
-    (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args)))
-    sdac.train(agent, args, folder, checkpoint, CPU)
-    return load(folder)
+@pytest.fixture
+def train(inside, tmp_path):
+    """A short run in a folder of its own, on Scripted-v0 unless told; returns its run folder."""
+
+    def train(name, flags="", script="sac", env_id="Scripted-v0", agent=None, status=0):
+        (tmp_path / name).mkdir()
+        arguments = ["--env-id", env_id, *SMALL[script].split(), *FLAGS, *flags.split()]
+        process = inside(script, *arguments, agent=agent, cwd=tmp_path / name)
+        assert process.returncode == status, process.stderr
+        train.stderr = process.stderr
+        return run_folder(tmp_path / name)
+
+    return train
 
 
-def load(folder):
-    return sdac.load_checkpoint(str(folder), "SDAC")
+# Environments and the replay buffer
 
 
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-
-def rows(folder):
-    with open(folder / "evaluations.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def without_seconds(folder):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder)]
-
-
-def test_buffer_holds_true_transitions_at_termination_and_truncation(tmp_path):
-    checkpoint = train(tmp_path, learning_starts=1000, seed=8, total_timesteps=120, eval_frequency=10**6)
+def test_buffer_holds_the_true_transitions_at_termination_and_truncation(train):
+    checkpoint = load(train("run", "--seed 8 --total-timesteps 120"))
     observations, actions, next_observations, rewards, dones = (c.numpy() for c in checkpoint["buffer"]["columns"])
     assert len(observations) == checkpoint["buffer"]["added"] == 120
     ends = {"terminated": 0, "truncated": 0}
     for row in range(120):
         episode, index, t = observations[row]
         assert index == row % 3  # environments take turns
-        steps = row // 3
-        assert (episode, t) == divmod(steps, index + 3)  # no step lost, none doubled, none across episodes
+        assert (episode, t) == divmod(row // 3, index + 3)  # no step lost, none doubled, none across episodes
         np.testing.assert_array_equal(next_observations[row], [episode, index, t + 1])
         assert rewards[row] == 100 * index + 10 * episode + t + 1
         last = t + 1 == index + 3
@@ -79,45 +63,58 @@ def test_buffer_holds_true_transitions_at_termination_and_truncation(tmp_path):
     assert min(ends.values()) > 5
 
 
-def test_actions_are_stored_in_the_unit_box_and_played_in_the_environments(tmp_path):
-    checkpoint = train(tmp_path, seed=8)
-    played = {i: [a for index, _, _, a in scripted.Scripted.log if index == i] for i in range(3)}
-    stored = checkpoint["buffer"]["columns"][1].numpy()
-    assert np.abs(stored).max() <= 1 and np.abs(stored).max() > 0.8
-    low, high = scripted.LOW, scripted.HIGH
-    # evaluations play through the same class in between; every stored action must occur in order
+def test_actions_are_played_in_the_environments_box_and_stored_in_the_unit_box(train):
+    """Exploration noise of ten times the box shows that they are clipped before both."""
+    folder = train("run", "--seed 8 --eval-frequency 1000 --exploration-noise 10", script="td3")
+    stored = load(folder)["buffer"]["columns"][1].numpy()
+    random, learned = np.abs(stored[:30]), np.abs(stored[30:])
+    assert 0.9 < random.max() < 1
+    assert learned.max() == 1 and (learned == 1).mean() > 0.5
     for index in range(3):
-        remaining = iter(played[index])
-        for action in stored[index::3]:
-            expected = low + (action.reshape(2, 1) + 1) / 2 * (high - low)
-            assert any(np.allclose(expected, actual, atol=1e-6) for actual in remaining)
+        played = [action for i, *_, action in scripted.Scripted.log if i == index][:30]  # then the evaluation's
+        expected = scripted.LOW + (stored[index::3].reshape(30, 2, 1) + 1) / 2 * (scripted.HIGH - scripted.LOW)
+        np.testing.assert_allclose(played, expected, atol=1e-6)
 
 
-def test_exploration_noise_is_stored_clipped(tmp_path):
-    checkpoint = train(tmp_path, noise_scale=10.0)
-    learned = checkpoint["buffer"]["columns"][1][30:]
-    assert learned.abs().max() == 1 and (learned.abs() == 1).float().mean() > 0.5
-
-
-def test_ring_buffer_forgets_the_oldest():
-    buffer = sdac.ReplayBuffer(5, 1, 1)
-    for i in range(4):
-        pair = np.array([2 * i, 2 * i + 1.0])
+def filled_buffer(size, rows):
+    """Row i holds i in all its columns."""
+    buffer = sac.ReplayBuffer(size, 1, 1)
+    for i in range(0, rows, 2):
+        pair = np.array([i, i + 1.0])
         buffer.add(pair[:, None], pair[:, None], pair[:, None], pair, pair)
-    assert len(buffer) == 5 and buffer.added == 8
-    assert sorted(buffer.columns.rewards.tolist()) == [3, 4, 5, 6, 7]
-    assert set(buffer.sample(500, CPU).rewards.tolist()) == {3, 4, 5, 6, 7}
+    return buffer
+
+
+def sampled(buffer):
     batch = buffer.sample(500, CPU)
     for column in (batch.observations[:, 0], batch.actions[:, 0], batch.next_observations[:, 0], batch.dones):
         assert torch.equal(column, batch.rewards)  # rows stay together
+    return set(batch.rewards.tolist())
 
 
-def test_ring_buffer_samples_only_what_is_filled_and_saves_no_more():
-    buffer = sdac.ReplayBuffer(10**6, 3, 1)
-    buffer.add(np.ones((4, 3)), np.ones((4, 1)), np.ones((4, 3)), np.arange(4), np.zeros(4))
-    assert set(buffer.sample(300, CPU).rewards.tolist()) == {0, 1, 2, 3}
-    columns = buffer.state_dict()["columns"]
-    assert sum(c.untyped_storage().nbytes() for c in columns) == 4 * 4 * (3 + 1 + 3 + 1 + 1)
+def test_ring_buffer_forgets_the_oldest():
+    assert sampled(filled_buffer(5, 4)) == {0, 1, 2, 3}  # and nothing from the row that is still empty
+    assert sampled(filled_buffer(5, 8)) == {3, 4, 5, 6, 7}
+
+
+@pytest.mark.parametrize("size, rows", [(8, 4), (8, 12), (12, 12)])
+def test_a_buffer_is_loaded_whole_into_one_at_least_as_large(size, rows):
+    saved, larger = filled_buffer(8, rows), sac.ReplayBuffer(size, 1, 1)
+    larger.load_state_dict(saved.state_dict())
+    assert sampled(larger) == sampled(saved)
+    column = np.full(2, 100.0)
+    larger.add(column[:, None], column[:, None], column[:, None], column, column)
+    room = rows <= 8 and rows < size or size > 8
+    assert sampled(larger) == ({100.0} | sampled(saved) if room else {100.0} | set(range(rows - 6, rows)))
+
+
+def test_a_buffer_is_loaded_into_a_smaller_one_as_far_as_it_goes():
+    smaller = sac.ReplayBuffer(4, 1, 1)
+    smaller.load_state_dict(filled_buffer(8, 6).state_dict())
+    assert len(smaller) == 4 and sampled(smaller) <= set(range(6))
+    column = np.full(4, 100.0)
+    smaller.add(column[:, None], column[:, None], column[:, None], column, column)
+    assert sampled(smaller) == {100.0}
 
 
 def resident_bytes():
@@ -127,209 +124,248 @@ def resident_bytes():
 
 def test_a_million_humanoid_transitions_fit_in_3_5_gb_and_are_committed_late():
     before = resident_bytes()
-    buffer = sdac.ReplayBuffer(1_000_000, 376, 17)
-    assert sum(c.numel() * c.element_size() for c in buffer.columns) < 3.5e9
+    buffer = sac.ReplayBuffer(1_000_000, 376, 17)
+    assert sum(column.nbytes for column in buffer.columns) < 3.5e9
+    buffer.add(np.ones((5, 376)), np.ones((5, 17)), np.ones((5, 376)), np.ones(5), np.ones(5))
     assert resident_bytes() - before < 50e6
+    assert sum(column.untyped_storage().nbytes() for column in buffer.state_dict()["columns"]) < 20_000
 
 
-def test_evaluation_plays_whole_first_episodes(tmp_path):
-    args = sdac.Args(**TINY | {"seed": 9, "eval_episodes": 4})
-    agent = sdac.SDAC(3, 2, args)
-    returns = sdac.evaluate(agent.act, args, CPU, tmp_path, "x")
-    expected = [sum(100 * i + t for t in range(1, i + 4)) for i in (1, 2, 3, 4)]  # episode 0 of environments 1 to 4
-    np.testing.assert_array_equal(returns, expected)
+@pytest.mark.parametrize(
+    "flags, updates",
+    [("--num-envs 5", 12), ("--num-envs 1", 60), ("--num-envs 5 --updates-per-step 3", 36)],
+)
+def test_updates_follow_each_vector_step_once_learning_starts(train, flags, updates):
+    """(90 - 30) / num_envs * updates_per_step of them."""
+    assert load(train("run", flags))["updates"] == updates
 
 
-def test_evaluating_more_often_changes_nothing(tmp_path):
-    rare = train(tmp_path / "rare", eval_frequency=90, env_id="Pendulum-v1")
-    often = train(tmp_path / "often", eval_frequency=6, eval_episodes=1, env_id="Pendulum-v1", total_timesteps=90)
-    assert len(often["evaluations"]) == 15
-    for part in ("agent", "optimizers", "buffer", "random"):
-        assert equal(rare[part], often[part])
+# Evaluation
 
 
-def test_same_seed_same_evaluations(tmp_path):
-    train(tmp_path / "a", env_id="Pendulum-v1")
-    train(tmp_path / "b", env_id="Pendulum-v1")
-    train(tmp_path / "c", env_id="Pendulum-v1", seed=2)
-    assert [row["step"] for row in rows(tmp_path / "a")] == ["30", "60", "90"]
-    assert without_seconds(tmp_path / "a") == without_seconds(tmp_path / "b")
-    assert without_seconds(tmp_path / "a") != without_seconds(tmp_path / "c")
+def test_evaluation_plays_the_first_episode_of_each_of_its_environments(train):
+    """Four of them, with indices 1 to 4 as their seeds are 2**31 + 1 and so on; a vector step counts three steps."""
+    folder = train("run", "--seed 1 --eval-episodes 4 --total-timesteps 100")
+    returns = [sum(100 * index + t for t in range(1, index + 4)) for index in (1, 2, 3, 4)]
+    table = [row[:-1] for row in evaluations(folder)]
+    statistics = [np.mean(returns), np.std(returns), min(returns), max(returns)]
+    assert table == [[30, 0, *statistics], [60, 10, *statistics], [90, 20, *statistics], [102, 24, *statistics]]
 
 
-def test_evaluations_file(tmp_path):
-    train(tmp_path, total_timesteps=100, seed=8)  # 102 steps in vector steps of 3
-    text = (tmp_path / "evaluations.csv").read_text().splitlines()
-    assert text[0] == "step,updates,mean,std,min,max,seconds"
-    table = [[float(x) for x in line.split(",")] for line in text[1:]]
-    assert [row[0] for row in table] == [30, 60, 90, 102]
-    assert [row[1] for row in table] == [0, 10, 20, 24]
-    returns = [1 + 2 + 3, 101 + 102 + 103 + 104]
-    for row in table:
-        assert row[2:6] == [np.mean(returns), np.std(returns), min(returns), max(returns)]
+@pytest.mark.parametrize("script", RL_SCRIPTS)
+def test_evaluating_more_often_changes_nothing_in_the_training(train, script):
+    rare, often = (
+        load(train(name, f"--eval-frequency {frequency} --eval-episodes 1", script, "Pendulum-v1"))
+        for name, frequency in (("rare", 90), ("often", 45))
+    )
+    assert len(rare.pop("evaluations")) == 1 and len(often.pop("evaluations")) == 2
+    del rare["seconds"], often["seconds"]
+    assert equal(rare, often)
 
 
-@pytest.mark.parametrize("updates_per_step, updates", [(1, 20), (3, 60)])
-def test_updates_follow_vector_steps_once_learning_starts(tmp_path, updates_per_step, updates):
-    assert train(tmp_path, updates_per_step=updates_per_step)["updates"] == updates
+def test_same_seed_same_evaluations(train):
+    first, second, other = (
+        [row[:-1] for row in evaluations(train(name, flags, env_id="Pendulum-v1"))]
+        for name, flags in (("first", ""), ("second", ""), ("other", "--seed 2"))
+    )
+    assert first == second != other
 
 
-def test_tensorboard_has_the_usual_names(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_episodes_without_an_end_are_cut_after_100_000_steps(train):
+    folder = train("run", "--eval-frequency 1000 --eval-episodes 1", env_id="Endless-v0", agent=Still)
+    assert evaluations(folder)[0][2] == 100_000
 
-    train(tmp_path, updates_per_step=10)
-    events = EventAccumulator(str(tmp_path)).Reload()
+
+class Still(torch.nn.Module):
+    """The least that the harness asks of an agent: it never moves, and learns nothing."""
+
+    updates, optimizers, still = 0, [], torch.zeros(3, 2)
+
+    def __init__(self, obs_dim, action_dim, args):
+        super().__init__()
+
+    def act(self, observations, explore):
+        return self.still[: len(observations)]
+
+    def update(self, batch):
+        return {}
+
+
+def test_an_environment_with_an_episode_key_of_its_own_trains(train):
+    assert load(train("run", env_id="OwnEpisode-v0"))["step"] == 90
+
+
+def test_tensorboard_has_the_usual_names(train):
+    folder = train("run", "--updates-per-step 10")
+    events = EventAccumulator(str(folder)).Reload()
     names = set(events.Tags()["scalars"])
     assert {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "eval/episodic_return"} <= names
-    assert {"losses/qf1_loss", "losses/qf2_loss", "losses/actor_loss", "losses/qf1_values"} <= names
+    assert {"losses/qf1_loss", "losses/qf2_loss", "losses/actor_loss", "losses/qf1_values", "losses/alpha"} <= names
     lengths = {event.value for event in events.Scalars("charts/episodic_length")}
     assert lengths == {4, 5, 6}  # seed 1: environments 1, 2 and 3
+    returns = {event.value for event in events.Scalars("charts/episodic_return")}
+    assert 101 + 102 + 103 + 104 in returns
 
 
 # Resuming
 
 
-def test_a_resumed_run_starts_from_exactly_what_was_saved(tmp_path):
-    saved = train(tmp_path)
-    seen = {}
+def test_a_resumed_run_starts_from_what_was_saved(inside, train):
+    folder = train("run")
+    saved, seen = load(folder), {}
 
-    class Spy(sdac.SDAC):
+    class Spy(sac.SAC):
         def act(self, observations, explore):
             if not seen:
-                seen["agent"] = {k: v.clone() for k, v in self.state_dict().items()}
-                seen["optimizers"] = [o.state_dict() for o in self.optimizers]
-                seen["random"] = torch.get_rng_state()
+                seen["agent"] = {name: value.clone() for name, value in self.state_dict().items()}
+                seen["optimizers"] = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
+                seen["updates"] = self.updates
             return super().act(observations, explore)
 
-    Spy.__name__ = "SDAC"
-    further = train(tmp_path, load(tmp_path), Spy, total_timesteps=120)
-    assert equal(seen["agent"], saved["agent"]) and equal(seen["random"], saved["random"]["torch"])
-    assert seen["optimizers"][0]["state"].keys() == saved["optimizers"][0]["state"].keys()
+    assert inside("sac", "--resume", folder, "--total-timesteps", 120, agent=Spy).returncode == 0
+    further = load(folder)
+    assert all(equal(seen[part], saved[part]) for part in ("agent", "updates"))
+    assert [list(state) for state in seen["optimizers"]] == [list(state) for state in saved["optimizers"]]
     assert further["step"] == 120 and further["updates"] == 30
     for old, new in zip(saved["buffer"]["columns"], further["buffer"]["columns"]):
         assert torch.equal(new[:90], old)
-    assert [row[0] for row in further["evaluations"]] == [30, 60, 90, 120]
-    assert further["evaluations"][:3] == saved["evaluations"]
+    assert [row[0] for row in evaluations(folder)] == [30, 60, 90, 120]
+    assert further["evaluations"][:3] == saved["evaluations"] and further["seconds"] > saved["seconds"]
 
 
-def test_two_resumes_of_a_checkpoint_are_equal(tmp_path):
-    train(tmp_path, env_id="Pendulum-v1")
-    saved = load(tmp_path)
-    results = []
-    for _ in range(2):
-        (tmp_path / "again").mkdir(exist_ok=True)
-        results.append(train(tmp_path / "again", load(tmp_path), total_timesteps=150, env_id="Pendulum-v1"))
-    for part in ("agent", "optimizers", "buffer", "random", "step", "updates"):
-        assert equal(results[0][part], results[1][part]), part
-    assert not equal(results[0]["agent"], saved["agent"])
+@pytest.mark.parametrize("script", RL_SCRIPTS)
+def test_two_resumes_of_a_checkpoint_give_the_same_numbers(inside, train, script):
+    twins = [train(name, script=script, env_id="Pendulum-v1") for name in ("first", "second")]
+    for folder in twins:
+        assert inside(script, "--resume", folder, "--total-timesteps", 120).returncode == 0
+    first, second = map(load, twins)
+    assert first["step"] == 120
+    for part in ("agent", "optimizers", "buffer", "updates"):
+        assert equal(first[part], second[part]), part
+    assert [row[:-1] for row in first["evaluations"]] == [row[:-1] for row in second["evaluations"]]
 
 
-def test_rows_after_the_checkpoint_are_forgotten(tmp_path):
+def test_the_command_line_wins_over_the_resumed_run(inside, train):
+    folder = train("run", "--q-lr 0.01 --gamma 0.9")
+    seen = {}
+
+    class Spy(sac.SAC):
+        def update(self, batch):
+            seen.update(q_lr=self.critic_optimizer.param_groups[0]["lr"], gamma=self.args.gamma)
+            return super().update(batch)
+
+    flags = "--q-lr 0.001 --total-timesteps 96 --buffer-size 50".split()
+    assert inside("sac", "--resume", folder, *flags, agent=Spy).returncode == 0
+    assert seen == {"q_lr": 0.001, "gamma": 0.9}
+    arguments = json.loads((folder / "args.json").read_text())
+    assert (arguments["q_lr"], arguments["gamma"], arguments["total_timesteps"]) == (0.001, 0.9, 96)
+    assert load(folder)["step"] == 96 and len(load(folder)["buffer"]["columns"][0]) == 50
+
+
+@pytest.mark.parametrize("flags", ["--hidden-size 9", "--env-id Pendulum-v1"])
+def test_networks_of_another_shape_are_refused(inside, train, flags):
+    folder = train("run", env_id="MountainCarContinuous-v0")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    process = inside("sac", "--resume", folder, *flags.split(), "--total-timesteps", 120)
+    assert process.returncode == 2 and "size mismatch" in process.stderr
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_rows_after_the_checkpoint_are_forgotten(inside, train):
     """A run that is killed after an evaluation and before the next checkpoint evaluates that step again."""
-    train(tmp_path, total_timesteps=60, checkpoint_frequency=30)
-    saved = load(tmp_path)
-    with open(tmp_path / "evaluations.csv", "a") as file:
+    folder = train("run", "--total-timesteps 60")
+    with open(folder / "evaluations.csv", "a") as file:
         file.write("90,20,1.0,0.0,1.0,1.0,99.0\n12")  # one row too many, one cut short
-    train(tmp_path, saved, total_timesteps=90)
-    assert [row["step"] for row in rows(tmp_path)] == ["30", "60", "90"]
+    assert inside("sac", "--resume", folder, "--total-timesteps", 90).returncode == 0
+    assert [row[0] for row in evaluations(folder)] == [30, 60, 90]
 
 
-def test_a_signal_during_an_evaluation_leaves_its_row_to_the_resumed_run(tmp_path):
-    class Interrupted(sdac.SDAC):
-        def act(self, observations, explore):
-            if not explore and len(sdac.SIGNALS) == 0 and self.calls > 5:
-                signal.raise_signal(signal.SIGTERM)
-            self.calls += not explore
-            return super().act(observations, explore)
+@pytest.mark.parametrize("script", RL_SCRIPTS)
+def test_the_policy_file_acts_as_the_trained_agent_in_five_lines(train, script):
+    """The README's five lines."""
+    module, trained = importlib.import_module(script), []
 
-        calls = 0
+    class Spy(getattr(module, RL_SCRIPTS[script])):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            trained.append(self)
 
-    Interrupted.__name__ = "SDAC"
-    checkpoint = train(tmp_path, agent=Interrupted)
-    assert checkpoint["step"] == 60 and rows(tmp_path)[-1]["step"] == "30"
-    sdac.SIGNALS.clear()
-    train(tmp_path, load(tmp_path))
-    assert [row["step"] for row in rows(tmp_path)] == ["30", "60", "90"]
+    folder = train("run", script=script, agent=Spy)
+    assert (folder / "policy.pt").stat().st_size < (folder / "checkpoint.pt").stat().st_size
 
+    Args, Agent, obs_dim, action_dim = module.Args, getattr(module, RL_SCRIPTS[script]), 3, 2
+    args = Args(**json.load(open(folder / "args.json")))
+    agent = Agent(obs_dim, action_dim, args)
+    agent.load_state_dict(torch.load(folder / "policy.pt", weights_only=True))
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(file):
-        file.write(b"ne")
-        raise OSError("No space left on device")
-
-    with pytest.raises(sdac.Failure, match="No space left"):
-        sdac.write_whole(path, fail)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    observations = torch.tensor([[0.0, 1.0, 2.0], [3.0, 2.0, 1.0]])
+    torch.manual_seed(0)
+    expected = trained[0].act(observations, explore=False)
+    torch.manual_seed(0)
+    assert torch.equal(agent.act(observations, explore=False), expected)
+    assert not equal(agent.state_dict(), Agent(obs_dim, action_dim, args).state_dict())
 
 
-def test_random_state_covers_all_streams():
-    import random
-
-    draw = lambda: (random.random(), np.random.rand(), torch.rand(1).item())  # noqa: E731
-    state = sdac.random_state()
-    first = draw()
-    sdac.set_random_state(state)
-    assert draw() == first
+# Numbers that are not finite
 
 
-# Faults while training
+@pytest.mark.parametrize(
+    "env_id, quantity",
+    [("NanReward", "reward"), ("HugeReward", "reward"), ("InfiniteObservation", "next observation")],
+)
+def test_an_environment_that_is_not_finite_stops_the_run(inside, train, env_id, quantity):
+    """Its 60th step is step 180 of three environments."""
+    flags = "--total-timesteps 300 --eval-frequency 1000 --checkpoint-frequency 150"
+    folder = train("run", flags, env_id=f"{env_id}-v0", status=2)
+    assert f"{quantity} is NaN or infinite at step 180" in train.stderr
+    checkpoint = load(folder)
+    assert all(column.isfinite().all() for column in checkpoint["buffer"]["columns"])
+    assert len(checkpoint["buffer"]["columns"][0]) == 177
+    assert inside("sac", "--resume", folder, "--total-timesteps", checkpoint["step"] + 30).returncode == 0
 
 
-@pytest.mark.parametrize("env_id, quantity", [("NanReward-v0", "reward"), ("InfiniteObservation-v0", "observation")])
-def test_nan_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, env_id, quantity):
-    with pytest.raises(sdac.Failure, match=rf"{quantity} is NaN or infinite at step 177"):
-        train(tmp_path, env_id=env_id, total_timesteps=300, eval_frequency=10**6)
-    checkpoint = load(tmp_path)
-    assert checkpoint["step"] == 150
-    assert all(torch.isfinite(c).all() for c in checkpoint["buffer"]["columns"])
+def test_a_nan_loss_stops_the_run_and_the_last_good_checkpoint_stays(inside, train):
+    class Diverging(sac.SAC):
+        def update(self, batch):
+            metrics = super().update(batch)
+            return metrics | {"qf1_loss": torch.tensor(math.nan)} if self.updates >= 15 else metrics
+
+    folder = train("run", agent=Diverging, status=2)
+    assert "qf1_loss is NaN or infinite at step 90" in train.stderr
+    assert load(folder)["step"] == 60
+    assert inside("sac", "--resume", folder).returncode == 0
 
 
-def test_nan_in_a_loss_stops_the_run(tmp_path):
-    class Diverging(sdac.SDAC):
-        def update(self, batch, step):
-            metrics = super().update(batch, step)
-            return metrics | {"qf1_loss": torch.tensor(math.nan)} if step >= 12 else metrics
+def test_a_nan_parameter_never_reaches_a_file(train):
+    """A finite loss may have a gradient that is not: parameters are looked at before they are saved."""
 
-    Diverging.__name__ = "SDAC"
-    with pytest.raises(sdac.Failure, match="qf1_loss is NaN or infinite at step 90"):
-        train(tmp_path, agent=Diverging)
-    assert load(tmp_path)["step"] == 60
-
-
-def test_nan_in_a_parameter_never_reaches_a_checkpoint(tmp_path):
-    """A finite loss may have a gradient that is not: the parameters are looked at before they are saved."""
-
-    class Broken(sdac.SDAC):
-        def update(self, batch, step):
-            metrics = super().update(batch, step)
-            if step == 18:
-                with torch.no_grad():
-                    self.log_lambda.fill_(math.nan)
+    class Broken(sac.SAC):
+        def update(self, batch):
+            metrics = super().update(batch)
+            if self.updates == 20:
+                self.policy.net[0].bias.data[0] = math.nan
             return {name: value.nan_to_num() for name, value in metrics.items()}
 
         def act(self, observations, explore):
             return super().act(observations, explore).nan_to_num()
 
-    Broken.__name__ = "SDAC"
-    with pytest.raises(sdac.Failure, match="log_lambda is NaN or infinite at step 90"):
-        train(tmp_path, agent=Broken)
-    assert load(tmp_path)["step"] == 60
+    folder = train("run", agent=Broken, status=2)
+    assert "policy.net.0.bias is NaN or infinite at step 90" in train.stderr
+    assert load(folder)["step"] == 60
+    for weights in (load(folder)["agent"], torch.load(folder / "policy.pt", weights_only=True)):
+        assert all(values.isfinite().all() for values in weights.values())
 
 
-def test_an_environment_that_raises_while_it_is_evaluated(tmp_path):
-    """RaisingSoon fails at its tenth step, which comes first in the evaluation after nine vector steps."""
-    with pytest.raises(sdac.Failure, match="RaisingSoon-v0 failed at step 27: the simulator exploded; .*--resume"):
-        train(tmp_path, env_id="RaisingSoon-v0", seed=15, eval_episodes=1, eval_frequency=27, learning_starts=1000)
-    assert load(tmp_path)["step"] == 27 and rows(tmp_path) == []
+def test_td3_policy_updates_are_counted_on_after_a_resume(inside, train):
+    """Every second update trains the policy; 21 updates before the resume, so the first one after it does not."""
+    folder = train("run", "--total-timesteps 93", script="td3")
+    trained = []
 
+    class Spy(td3.TD3):
+        def update(self, batch):
+            metrics = super().update(batch)
+            trained.append("actor_loss" in metrics)
+            return metrics
 
-def test_an_environment_that_raises_is_reported_and_the_run_can_be_resumed(tmp_path):
-    with pytest.raises(sdac.Failure, match="Raising-v0 failed at step 177: the simulator exploded; .*--resume"):
-        train(tmp_path, env_id="Raising-v0", total_timesteps=300, eval_frequency=10**6)
-    checkpoint = load(tmp_path)
-    assert checkpoint["step"] == 177
-    further = train(tmp_path, checkpoint, env_id="Raising-v0", total_timesteps=210, eval_frequency=10**6)
-    assert further["step"] == 210
+    assert inside("td3", "--resume", folder, "--total-timesteps", 102, agent=Spy).returncode == 0
+    assert trained == [False, True, False]

@@ -2,21 +2,23 @@
 
 import copy
 import math
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
-import pytest
 import pairs
+import pytest
 import reference
 import torch
-from pairs import random_batch, scatter
-from test_sac_td3 import float64  # noqa: F401
+from pairs import eager_float64, random_batch, scatter  # noqa: F401
 
 import qsm
 
 T = 5
 
 
-def pair(**changes):
+def make(**changes):
+    """A small agent whose target critics differ from the online ones, and its oracle."""
     agent = qsm.QSM(4, 2, qsm.Args(**{"hidden_size": 16, "tau": 0.1, **changes}))
     scatter(agent.target_critics)
     return agent, pairs.oracle(agent)
@@ -25,28 +27,30 @@ def pair(**changes):
 def test_schedule_in_closed_form():
     t = np.arange(1, T + 1, dtype=np.longdouble)
     log_abar = -0.1 * t / T - 0.5 * 9.9 * t**2 / T**2
+    one_minus_abar, alpha = -np.expm1(log_abar), np.array(reference.qsm_alphas(T))
     schedule = qsm.Schedule(T)
-    np.testing.assert_allclose(schedule.signal.numpy(), np.exp(log_abar / 2).astype(float), rtol=1e-13)
-    np.testing.assert_allclose(schedule.noise.numpy(), np.sqrt(-np.expm1(log_abar)).astype(float), rtol=1e-13)
-    alphas = np.array(reference.qsm_alphas(T))
-    shrink, grow, std = schedule.denoising.T.numpy()
-    np.testing.assert_allclose(shrink, ((1 - alphas) / np.sqrt(-np.expm1(log_abar))).astype(float), rtol=1e-12)
-    np.testing.assert_allclose(grow, alphas**-0.5, rtol=1e-13)
-    np.testing.assert_allclose(std, np.sqrt(1 - alphas) * (t > 1), rtol=1e-12)
+    for table, expected in [
+        (schedule.sqrt_abar, np.exp(log_abar / 2)),
+        (schedule.sqrt_1m_abar, np.sqrt(one_minus_abar)),
+        (schedule.eps_factor, (1 - alpha) / np.sqrt(one_minus_abar)),
+        (schedule.scale, alpha**-0.5),
+        (schedule.std, np.sqrt(1 - alpha) * (t > 1)),
+    ]:
+        np.testing.assert_allclose(table.numpy(), expected.astype(float), rtol=1e-12)
 
 
-@pytest.mark.parametrize("t", range(T))
-def test_denoising_step_is_ho_et_al(t):
-    """a_{t-1} = (a_t - beta/sqrt(1-abar) eps) / sqrt(alpha) + sqrt(beta) z, clipped; Algorithm 2 of Ho et al."""
-    alphas = reference.qsm_alphas(T)
-    abar = math.prod(alphas[: t + 1])
-    a_t, eps, z = 0.3 * torch.randn(50, 3), torch.randn(50, 3), torch.randn(50, 3)
-    expected = (a_t - (1 - alphas[t]) / math.sqrt(1 - abar) * eps) / math.sqrt(alphas[t])
-    expected = (expected + (math.sqrt(1 - alphas[t]) * z if t > 0 else 0)).clamp(-1, 1)
-    result = qsm.denoising_step(qsm.Schedule(T).denoising[t], a_t, eps, z)
-    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
-    if t > 0:
-        assert ((result.abs() < 1).float().mean() > 0.2) and (result.abs() == 1).any()
+# Equation (4)
+
+
+def regression_target(critics, a_t, scale):
+    """What `policy_loss` wants the policy to answer at a_t (B, d), read off its gradient in an answer of 0."""
+    agent = qsm.QSM(1, a_t.shape[1], qsm.Args(hidden_size=1, q_gradient_scale=scale))
+    t, answer = torch.arange(len(a_t)) % T, torch.zeros_like(a_t, requires_grad=True)
+    batch = qsm.Batch(torch.zeros(len(a_t), 1), torch.zeros_like(a_t), *[None] * 3)
+    with mock.patch.object(agent.critics, "forward", critics):
+        with mock.patch.object(agent.policy, "forward", lambda *inputs: answer):
+            loss, _ = agent.policy_loss(batch, t, eps=a_t / agent.schedule.sqrt_1m_abar[t, None])
+    return -answer.numel() / 2 * torch.autograd.grad(loss, answer)[0]  # of mean (answer - target)^2
 
 
 def quadratics(*mus):
@@ -54,79 +58,64 @@ def quadratics(*mus):
     return lambda observations, actions: torch.stack([-((actions - mu) ** 2).sum(1) / 2 for mu in mus])
 
 
-def sampled_with(sign, mu):
-    schedule, critics = qsm.Schedule(T), quadratics(mu, mu)
-    a_t = torch.randn(4000, 2)
-    for t in reversed(range(T)):
-        target = sign * qsm.qsm_target(critics, torch.zeros(4000, 1), a_t, 3.0)
-        a_t = qsm.denoising_step(schedule.denoising[t], a_t, target, torch.randn(4000, 2))
-    return a_t
+def test_target_averages_both_critics_at_the_noised_action():
+    critics, a_t = quadratics(torch.tensor([0.5, 0.0]), torch.tensor([-0.1, 0.6])), 2 * torch.randn(6, 2)
+    expected = 7.0 * (a_t - torch.tensor([0.2, 0.3]))  # -M_q * (mean of mu - a_t), beyond the box too
+    torch.testing.assert_close(regression_target(critics, a_t, scale=7.0), expected)
 
 
 def test_the_target_moves_samples_up_the_critic():
     mu = torch.tensor([0.5, -0.4])
-    error = (sampled_with(+1, mu).mean(0) - mu).abs().max()
-    assert error < 0.2
-    wrong = (sampled_with(-1, mu).mean(0) - mu).abs().max()  # the opposite sign drives them to the far walls
-    assert wrong > 0.4 and wrong > 2 * error
-
-
-def test_target_averages_both_critics_at_the_noised_action():
-    critics = quadratics(torch.tensor([0.5, 0.0]), torch.tensor([-0.1, 0.6]))
-    a_t = 2 * torch.randn(6, 2)
-    expected = 7.0 * (a_t - torch.tensor([0.2, 0.3]))  # -M_q * (mean of mu - a_t), beyond the box too
-    torch.testing.assert_close(qsm.qsm_target(critics, torch.zeros(6, 1), a_t, 7.0), expected)
+    errors = []
+    for sign in (1, -1):
+        policy = SimpleNamespace(  # one that answers the target, whatever the state
+            state_layer=lambda observations: 0,
+            action_layer=lambda a_t: a_t,
+            time_share=lambda t: torch.zeros(T, 1),
+            trunk=lambda a_t: sign * regression_target(quadratics(mu, mu), a_t, scale=3.0),
+        )
+        actions = qsm.denoise(policy, qsm.Schedule(T), None, torch.randn(4000, 2), torch.randn(T, 4000, 2))
+        errors.append((actions.mean(0) - mu).abs().max())
+    assert errors[0] < 0.2
+    assert errors[1] > 0.4  # the opposite sign drives them to the far walls
 
 
 def test_only_the_denoiser_is_differentiated():
-    agent, _ = pair()
-    batch, noise = random_batch(qsm), agent.draw_update_noise(7, torch.device("cpu"))
-    a_t = qsm.forward_sample(agent.schedule, batch.actions, noise.t, noise.forward)
-    target = qsm.qsm_target(agent.critics, batch.observations, a_t, 50.0)
-    assert not target.requires_grad and all(p.grad is None for p in agent.critics.parameters())
-    (agent.policy(batch.observations, a_t, noise.t) - target).square().mean().backward()
-    assert all(p.grad is None for p in agent.critics.parameters())
+    agent, _ = make()
+    loss, _ = agent.policy_loss(random_batch(qsm), torch.tensor([0, 1, 2, 3, 4, 0, 1]), torch.randn(7, 2))
+    loss.backward()
+    assert all(p.grad is None for p in [*agent.critics.parameters(), *agent.target_critics.parameters()])
     assert all(p.grad is not None for p in agent.policy.parameters())
-    assert not agent.sample_action(batch.observations, noise.next_action).requires_grad
+
+
+# The agent
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"policy_lr_steps": 3, "q_gradient_scale": 2.0, "diffusion_steps": 8}], ids=str
 )
 def test_updates_equal_the_oracle(changes):
-    agent, oracle = pair(**changes)
+    agent, oracle = make(**changes)
     before = copy.deepcopy(agent.state_dict())
-    for step in range(5):
-        batch, noise = random_batch(qsm), agent.draw_update_noise(7, torch.device("cpu"))
-        agent.update(batch, step, noise)
-        oracle.update(batch, step, noise)
-        pairs.assert_same(agent, oracle)
+    for _ in range(5):
+        pairs.assert_same_update(agent, oracle, random_batch(qsm))
     for name, value in agent.state_dict().items():
         assert not torch.equal(value, before[name]), f"{name} never moved"
 
 
 @pytest.mark.parametrize("explore", [True, False])
 def test_acting_equals_the_oracle(explore):
-    agent, oracle = pair()
-    observations = torch.randn(9, 4)
-    torch.manual_seed(5)
-    noise = agent.draw_action_noise(9, torch.device("cpu"))
-    torch.manual_seed(5)
-    actions = agent.act(observations, explore)
-    if not explore:
-        noise = noise._replace(exploration=torch.zeros(9, 2))
-    torch.testing.assert_close(actions, oracle.sample_action(observations, noise), rtol=1e-9, atol=1e-12)
+    agent, oracle = make()
+    pairs.assert_same_actions(agent, oracle, torch.randn(9, 4), explore)
 
 
 def test_initial_weights():
-    policy = qsm.DiffusionPolicy(100, 20, 512, 5)
-    first = torch.cat([policy.action.weight, policy.state.weight, policy.time[3].weight])
+    policy = qsm.Policy(100, 20, 512)
+    first = torch.cat([policy.action_layer.weight, policy.state_layer.weight, policy.time_layers[3].weight])
+    for weight in (first, *qsm.Critics(100, 20, 512).net[0].weight):
+        assert weight.abs().max().item() == pytest.approx(math.sqrt(6 / sum(weight.shape)), rel=1e-3)  # Xavier
     assert first.shape == (248, 512)
-    assert first.abs().max().item() == pytest.approx(math.sqrt(6 / (248 + 512)), rel=1e-3)
-    for twin in qsm.Critics(100, 20, 512).net[0].weight:
-        assert twin.shape == (120, 512)
-        assert twin.abs().max().item() == pytest.approx(math.sqrt(6 / (120 + 512)), rel=1e-3)
-    assert qsm.DiffusionPolicy(3, 2, 8, 5, time_dim=20_000).frequencies.std().item() == pytest.approx(0.2, rel=0.03)
+    assert qsm.Policy(3, 2, 8, time_dim=20_000).frequencies.std().item() == pytest.approx(0.2, rel=0.03)
 
 
 # The bias, and that RSSM does not have it
@@ -152,12 +141,12 @@ def exact_noise(a_t, signal, noise):
 def relative_errors(t, steps=100):
     """Errors of QSM's and of RSSM's target at noised samples of the mixture, over the size of the exact one."""
     schedule, n = qsm.Schedule(steps), 2000
-    signal, noise = schedule.signal[t], schedule.noise[t]
+    signal, noise = schedule.sqrt_abar[t], schedule.sqrt_1m_abar[t]
     component = torch.multinomial(WEIGHTS, n, replacement=True)
     a_0 = (MEANS[component] + STDS[component] * torch.randn(n))[:, None]
-    a_t = qsm.forward_sample(schedule, a_0, torch.full((n,), t), torch.randn(n, 1))
+    a_t = schedule.noised(a_0, torch.full((n,), t), torch.randn(n, 1))
     exact = exact_noise(a_t, signal, noise)
-    target = qsm.qsm_target(mixtures, torch.zeros(n, 1), a_t, 1.0)
+    target = regression_target(mixtures, a_t, scale=1.0)
     target = target * (target * exact).sum() / (target * target).sum()  # QSM gets the M_q that fits best at this t
     # RSSM: reverse samples on a grid wide enough for the mixture, weighed with N(eps; 0, 1) exp(Q)
     grid = torch.linspace(-2.5, 2.5, 5001)[None]
@@ -176,11 +165,9 @@ def test_qsm_is_biased_on_a_mixture_at_large_t_and_rssm_is_not():
 
 
 def test_qsm_is_linear_on_a_quadratic_with_another_slope():
-    """For exp(Q) = N(0, I) the exact target is noise_t a_t, QSM's is M_q a_t: no M_q fits all t."""
-    schedule, a_t = qsm.Schedule(T), torch.randn(50, 2)
-    critics = quadratics(torch.zeros(2), torch.zeros(2))
-    target = qsm.qsm_target(critics, torch.zeros(50, 1), a_t, 1.0)
-    for t in range(T):
-        exact = schedule.noise[t] * a_t / (schedule.signal[t] ** 2 + schedule.noise[t] ** 2)
-        torch.testing.assert_close(target * schedule.noise[t], exact, rtol=1e-9, atol=1e-12)
-    assert schedule.noise[T - 1] / schedule.noise[0] > 2
+    """For exp(Q) = N(0, I) the exact target is sqrt(1-abar_t) a_t, QSM's is M_q a_t: no M_q fits all t."""
+    schedule, a_t, zero = qsm.Schedule(T), torch.randn(50, 2), torch.zeros(2)
+    target = regression_target(quadratics(zero, zero), a_t, scale=1.0)
+    torch.testing.assert_close(target, a_t, rtol=1e-9, atol=1e-12)
+    slopes = schedule.sqrt_1m_abar / (schedule.sqrt_abar**2 + schedule.sqrt_1m_abar**2)  # the exact targets', over a_t
+    assert slopes[T - 1] / slopes[0] > 2

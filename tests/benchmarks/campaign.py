@@ -112,7 +112,7 @@ def start(work, profile, script, task, seed, extra):
         return None
     command = [sys.executable, str(ROOT / f"{script}.py")]
     if folder and (folder / "checkpoint.pt").exists():
-        command += ["--resume", str(folder.relative_to(work))]
+        command += ["--resume", str(folder.relative_to(work)), *extra]
     else:
         command += ["--exp-name", f"{profile}-{script}", "--env-id", task, "--seed", str(seed), *flags]
     with open(work / f"{task}-{script}-{seed}.log", "a") as log:

@@ -18,6 +18,7 @@ its own. Run nothing else meanwhile.
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import importlib
 import io
 import multiprocessing
@@ -29,7 +30,6 @@ import sys
 import tempfile
 import time
 import unittest.mock
-import warnings
 from pathlib import Path
 
 import torch
@@ -45,24 +45,28 @@ SIZES = {"Hopper-v4": (11, 3), "Humanoid-v4": (376, 17)}  # dimensions of observ
 def make(script, task, device, **changes):
     """A script's module, its agent, and a batch."""
     module = importlib.import_module(script)
+    torch._dynamo.config.trace_autograd_ops = True  # as `main` does
     torch.manual_seed(0)
     agent = getattr(module, AGENTS[script])(*SIZES[task], module.Args(**changes)).to(device)
     batch = pairs.random_batch(module, agent.args.batch_size, *SIZES[task])
     return module, agent, module.Batch(*(column.to(device) for column in batch))
 
 
-def updater(module, agent, batch, device):
-    """A function of the number of the update, as the training loop calls it."""
-    update = agent.update
-    if device.type == "cuda" and agent.args.compile:
-        update = module.CUDAGraphs(agent.update, agent.parts)
-    return lambda step: update(batch, step)
+def plainly(function):
+    """The function with nothing compiled, as with --no-compile."""
+
+    def plain(*arguments):
+        with torch.compiler.set_stance("force_eager"):
+            return function(*arguments)
+
+    return plain
 
 
-def oracle_updater(agent, batch, device):
+def oracle_updater(agent, batch):
+    """The oracle's update with the random numbers of the agent's first one, in which every network is trained."""
     oracle = pairs.oracle(agent)
-    delay = (True,) if hasattr(agent, "ema_policy") else ()
-    noise = agent.draw_update_noise(len(batch.rewards), *delay, device)
+    with pairs.recorded() as noise:
+        plainly(copy.deepcopy(agent).update)(batch)
     return lambda step: oracle.update(batch, step, noise)
 
 
@@ -72,7 +76,7 @@ def seconds_per_update(functions, updates, rounds, device):
     for _ in range(rounds + 1):
         for name, function in functions.items():
             start = time.perf_counter()
-            for step in range(1, updates[name] + 1):  # 0 would adapt lambda, which happens once in 250 updates
+            for step in range(updates[name]):
                 function(step)
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -83,13 +87,12 @@ def seconds_per_update(functions, updates, rounds, device):
 def loop(script, task, device, updates):
     """Steps per second of the training loop, and the share of the time outside `update`."""
     module = importlib.import_module(script)
-    warnings.filterwarnings("ignore", module="gymnasium")  # after its import, which sets filters of its own
     sampled, spent = [], []  # when each update's batch is drawn, and how long the update itself takes
 
     class Timed(getattr(module, AGENTS[script])):
-        def update(self, batch, step):
+        def update(self, batch):
             start = time.perf_counter()
-            result = super().update(batch, step)
+            result = super().update(batch)
             spent.append(time.perf_counter() - start)
             return result
 
@@ -98,14 +101,18 @@ def loop(script, task, device, updates):
             sampled.append(time.perf_counter())
             return super().sample(*arguments)
 
-    Timed.__name__ = AGENTS[script]
     envs = module.Args().num_envs
-    args = module.Args(
-        env_id=task, learning_starts=1000, total_timesteps=1000 + envs * updates, eval_frequency=10**9, eval_episodes=1
-    )
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        with unittest.mock.patch.object(module, "ReplayBuffer", Buffer):
-            module.train(Timed, args, Path(folder), None, device)
+    flags = f"--env-id {task} --device {device.type} --learning-starts 1000 --total-timesteps {1000 + envs * updates}"
+    flags += f" --eval-frequency {10**9} --eval-episodes 1"
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        unittest.mock.patch.object(module, "ReplayBuffer", Buffer),
+        unittest.mock.patch.object(sys, "argv", [f"{script}.py", *flags.split()]),
+    ):
+        module.main(Timed)
     first = updates // 4  # the ones before it compile
     elapsed = sampled[-1] - sampled[first]
     outside = None if device.type == "cuda" else 1 - sum(spent[first:-1]) / elapsed
@@ -125,16 +132,16 @@ def start(script, task, device):
         device = torch.device(device)
         module, agent, batch = make(script, task, device)
         start = time.perf_counter()
-        agent.update(batch, 0)
+        agent.update(batch)
         if device.type == "cuda":
             torch.cuda.synchronize()
         first = time.perf_counter() - start
         buffer = module.ReplayBuffer(agent.args.buffer_size, *SIZES[task])
         for column in buffer.columns:
-            column.fill_(0.5)
+            column.fill(0.5)
         buffer.added = buffer.size
-        for step in range(20):
-            agent.update(buffer.sample(agent.args.batch_size, device), step)
+        for _ in range(20):
+            agent.update(buffer.sample(agent.args.batch_size, device))
         return first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
@@ -173,12 +180,12 @@ def row(script, task, device, rounds):
     """Cells of the table but for those of `start`, and for SDAC a note on its arithmetic."""
     torch.set_flush_denormal(True)  # as the scripts do
     device = torch.device(device)
-    module, fast, batch = make(script, task, device)
-    _, plain, _ = make(script, task, device, compile=False)
-    functions = {"fast": updater(module, fast, batch, device), "plain": updater(module, plain, batch, device)}
+    _, fast, batch = make(script, task, device)
+    _, plain, _ = make(script, task, device)
+    functions = {"fast": lambda _: fast.update(batch), "plain": lambda _: plainly(plain.update)(batch)}
     updates = dict.fromkeys(functions, 4 if script == "sdac" else 100)
     if device.type == "cpu":  # the oracle is written for the CPU
-        functions["oracle"] = oracle_updater(plain, batch, device)
+        functions["oracle"] = oracle_updater(plain, batch)
         updates["oracle"] = 2 if script == "sdac" else 20
     if script == "sdac":  # about an update's worth of matrix products in each round
         products, gflop = matrix_products(SIZES[task][1], fast.args.hidden_size, device)
