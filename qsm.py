@@ -33,9 +33,8 @@ Usage:
     python qsm.py --resume runs/RUN_FOLDER
     python qsm.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
-Departures from the official code (JAX, Alescontrela/score_matching_rl): the state's share of the policy's first layer
-is computed once per state instead of once per denoising step, which is the same function. The loss is averaged over
-action dimensions, not summed, which Adam ignores.
+Departure from the official code (JAX, Alescontrela/score_matching_rl): the state's share of the policy's first layer is
+computed once per state instead of once per denoising step, which is the same function.
 """
 
 # /// script

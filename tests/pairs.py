@@ -48,6 +48,17 @@ def recorded():
         yield numbers
 
 
+def assert_standard(numbers, steps=0):
+    """Floats are from N(0, 1), whole numbers uniform in 0..steps-1; never the same ones twice."""
+    for i, values in enumerate(numbers):
+        n = values.numel()
+        if values.is_floating_point():
+            assert values.mean().abs() < 5 / n**0.5 and (values.var() - 1).abs() < 5 * (2 / n) ** 0.5
+        else:
+            assert values.unique().tolist() == list(range(steps)) and values.bincount().min() > 0.7 * n / steps
+        assert not any(values.shape == other.shape and (values == other).all() for other in numbers[:i])
+
+
 @contextlib.contextmanager
 def replayed(*numbers):
     """Meanwhile torch.randn, randn_like, rand and randint return these tensors, in order and all of them."""

@@ -150,18 +150,18 @@ class SDACReference:
         return self.args.noise_scale * self.log_lambda.detach().exp()
 
     @torch.no_grad()
-    def best_of_n(self, policy, observations, noise):
-        """N particles per state, each denoised on its own row; the best by min(Q1, Q2).
+    def best_of_n(self, policy, observations, n, noise):
+        """n particles per state, each denoised on its own row; the best by min(Q1, Q2).
 
-        From `noise` it takes pairs of tensors, the start (states, N, d) and the noise of the steps t = 0..T-1,
-        (T, states, N, d), until there is one state's for every observation.
+        From `noise` it takes pairs of tensors, the start (states, n, d) and the noise of the steps t = 0..T-1,
+        (T, states, n, d), until there is one state's for every observation.
         """
         starts, zs = [], []
         while sum(len(start) for start in starts) < len(observations):
             starts.append(noise.pop(0))
             zs.append(noise.pop(0))
         start, z = torch.cat(starts), torch.cat(zs, dim=1)
-        n = start.shape[1]
+        assert start.shape[1] == n
         rows = observations.repeat_interleave(n, dim=0)
         a_t, z = 0.5 * start.reshape(len(rows), -1), z.reshape(len(z), len(rows), -1)
         for t in range(self.diffusion.steps - 1, -1, -1):
@@ -180,7 +180,7 @@ class SDACReference:
 
     def act(self, observations, noise, explore):
         noise = list(noise)
-        actions = self.best_of_n(self.ema_policy, observations, noise)
+        actions = self.best_of_n(self.ema_policy, observations, self.args.num_particles, noise)
         if explore:
             actions = self.explored(actions, noise.pop(0))
         assert not noise
@@ -190,7 +190,7 @@ class SDACReference:
         """Equation (6) in noise prediction, self-normalised, with M policy passes for each (s, a_t)."""
         args, a_0 = self.args, batch.actions
         if args.proposal == "policy":
-            a_0 = self.best_of_n(self.policy, batch.observations, noise)
+            a_0 = self.best_of_n(self.policy, batch.observations, args.num_particles, noise)
             a_0 = self.explored(a_0, noise.pop(0))
         t, forward, reverse = noise.pop(0), noise.pop(0), noise.pop(0)
         m, dim = args.num_reverse_samples, a_0.shape[1]
@@ -210,7 +210,8 @@ class SDACReference:
     def update(self, batch, step, noise):
         args, std, noise = self.args, self.exploration_std, list(noise)
         with torch.no_grad():
-            next_actions = self.best_of_n(self.policy, batch.next_observations, noise)
+            n = args.num_particles if args.target_particles == 0 else args.target_particles
+            next_actions = self.best_of_n(self.policy, batch.next_observations, n, noise)
             eps = noise.pop(0)
             next_q = sdac_min_q(self.ema_critics, batch.next_observations, self.explored(next_actions, eps))
             if args.soft_critic:

@@ -18,6 +18,7 @@ class Scripted(gym.Env):
     )
     action_space = gym.spaces.Box(LOW, HIGH)
     log = []  # (index, episode, t, action) of every step in this process
+    seeds = []  # of every reset with one
     made = 0
 
     def __init__(self, render_mode=None):
@@ -26,6 +27,7 @@ class Scripted(gym.Env):
 
     def reset(self, seed=None, options=None):
         if seed is not None:
+            self.seeds.append(seed)
             self.index, self.episode = seed % 8, -1
         self.episode, self.t = self.episode + 1, 0
         return self.observation(), {}

@@ -103,6 +103,14 @@ def test_updates_equal_the_oracle(changes):
         assert not torch.equal(value, before[name]), f"{name} never moved"
 
 
+def test_random_numbers_are_standard():
+    agent, _ = make()
+    batch = random_batch(qsm, 1000)
+    with pairs.recorded() as numbers:
+        agent.update(batch)
+    pairs.assert_standard(numbers, steps=T)
+
+
 @pytest.mark.parametrize("explore", [True, False])
 def test_acting_equals_the_oracle(explore):
     agent, oracle = make()

@@ -92,6 +92,15 @@ def test_sac_temperature_moves_towards_the_target_entropy(entropy, rises):
     assert (agent.log_alpha.item() > -0.7) if rises else (agent.log_alpha.item() < -0.7)
 
 
+@pytest.mark.parametrize("agent_class, module", [(sac.SAC, sac), (td3.TD3, td3)])
+def test_random_numbers_are_standard(agent_class, module):
+    agent, batch = agent_class(4, 2, module.Args(hidden_size=16)), random_batch(module, 1000)
+    with pairs.recorded() as numbers:
+        agent.update(batch)
+        agent.act(batch.observations, explore=True)
+    pairs.assert_standard(numbers)
+
+
 @pytest.mark.parametrize("module", [sac, td3])
 def test_twin_critics_start_like_two_plain_ones(module):
     critics = module.Critics(380, 20, 500)

@@ -46,10 +46,9 @@ def test_schedule_in_closed_form(schedule):
     diffusion = reference.Diffusion(reference.sdac_betas(T))
     for t in range(T):
         (mean_a0, std), (mean_at, _) = diffusion.posterior(0.0, 1.0, t), diffusion.posterior(1.0, 0.0, t)
+        tables = [schedule.mean_a0[t], schedule.mean_at[t], schedule.posterior_std[t]]
         expected = torch.tensor([mean_a0, mean_at, std])
-        torch.testing.assert_close(
-            torch.stack([schedule.mean_a0[t], schedule.mean_at[t], schedule.posterior_std[t]]), expected, rtol=1e-9, atol=1e-12
-        )
+        torch.testing.assert_close(torch.stack(tables), expected, rtol=1e-9, atol=1e-12)
     assert schedule.posterior_std[0] == 0  # the last step adds no noise
 
 
@@ -284,6 +283,18 @@ def test_updates_equal_the_oracle(changes):
         pairs.assert_same_update(agent, oracle, random_batch(sdac))
     for name, value in agent.state_dict().items():
         assert not torch.equal(value, before[name]), f"{name} never moved"
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_random_numbers_are_standard(bounded):
+    agent, _ = make(bounded_reverse_sampling=bounded)
+    batch = random_batch(sdac, 1000)
+    with pairs.recorded() as numbers:
+        agent.update(batch)
+    if bounded:
+        u = numbers.pop()
+        assert 0 <= u.min() < 0.01 and 0.99 < u.max() < 1 and abs(u.mean() - 0.5) < 0.01
+    pairs.assert_standard(numbers, steps=6)
 
 
 @pytest.mark.parametrize("explore", [True, False])

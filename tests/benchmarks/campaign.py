@@ -209,7 +209,7 @@ def table(profile):
             seeds = scripts[script].values()
             last, best = ([pick(rows) for rows in seeds] for pick in (lambda r: r[-1]["mean"], best_of))
             minutes = sum(rows[-1]["seconds"] for rows in seeds) / len(seeds) / 60
-            cells = [task, f"`{script}.py`", in_words(last), in_words(best), f"{minutes:.0f}"]
+            cells = [task, f"`{script}.py`", in_words(last), in_words(best), f"{minutes:.0f}" if minutes >= 10 else f"{minutes:.1f}"]
             cells += [str(PUBLISHED[task].get(script, ""))] if published else []
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
