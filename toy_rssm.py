@@ -39,7 +39,6 @@ Usage:
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.13.0",
-#     "numpy==2.4.6",
 #     "tyro==1.0.17",
 #     "pydantic==2.14.3",
 #     "matplotlib==3.11.2",

@@ -59,7 +59,7 @@ def test_the_sweep_runs_the_matrix_of_the_paper_profile():
 
 
 def test_a_campaign_runs_skips_and_resumes(tmp_path, monkeypatch):
-    flags = "--total-timesteps 30 --learning-starts 20 --hidden-size 8 --batch-size 4 --eval-frequency 15"
+    flags = "--no-compile --total-timesteps 30 --learning-starts 20 --hidden-size 8 --batch-size 4 --eval-frequency 15"
     flags += " --eval-episodes 1 --checkpoint-frequency 10 --buffer-size 100"
     profile = {"tasks": ["Pendulum-v1"], "seeds": [1], "flags": flags, "script_flags": {"td3": "--gamma 0.9"}}
     monkeypatch.setitem(campaign.PROFILES, "tiny", profile)

@@ -258,7 +258,6 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(run, small_disk):
     saved = load(folder)
     assert saved["step"] >= 40 and not list(folder.glob("*.pt.*"))
 
-    # owner: args.json is emptied before it is written anew
     (small_disk / "large").write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize))
     process = run("sac", "--resume", folder, "--env-id", "scripted:Wide-v0", cwd=small_disk)
     assert process.returncode != 0

@@ -65,16 +65,18 @@ def test_buffer_holds_the_true_transitions_at_termination_and_truncation(train):
 
 
 def test_actions_are_played_in_the_environments_box_and_stored_in_the_unit_box(train):
-    """Exploration noise of ten times the box shows that they are clipped before both."""
+    """Exploration noise of ten times the box shows that they are clipped before both, and that evaluations have none."""
     folder = train("run", "--seed 8 --eval-frequency 1000 --exploration-noise 10", script="td3")
     stored = load(folder)["buffer"]["columns"][1].numpy()
     random, learned = np.abs(stored[:30]), np.abs(stored[30:])
     assert 0.9 < random.max() < 1
     assert learned.max() == 1 and (learned == 1).mean() > 0.5
     for index in range(3):
-        played = [action for i, *_, action in scripted.Scripted.log if i == index][:30]  # then the evaluation's
-        expected = scripted.LOW + (stored[index::3].reshape(30, 2, 1) + 1) / 2 * (scripted.HIGH - scripted.LOW)
-        np.testing.assert_allclose(played, expected, atol=1e-6)
+        played = np.array([action for i, *_, action in scripted.Scripted.log[:90] if i == index])
+        in_unit_box = 2 * (played - scripted.LOW) / (scripted.HIGH - scripted.LOW) - 1
+        np.testing.assert_allclose(in_unit_box.reshape(30, 2), stored[index::3], atol=1e-5)
+    for *_, action in scripted.Scripted.log[90:]:  # of the evaluation
+        assert (action > scripted.LOW).all() and (action < scripted.HIGH).all()
 
 
 def filled_buffer(size, rows):
