@@ -411,7 +411,8 @@ def parse_arguments() -> Args:
 
 def leave(number: int, frame: object) -> None:
     """A signal ends a run through its `finally`, which saves; later ones must not disturb that."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for later in SIGNALS:
+        signal.signal(later, signal.SIG_IGN)
     sys.exit(128 + number)
 
 

@@ -116,7 +116,6 @@ def test_ctrl_c_in_a_terminal_during_the_first_compilation(inside, tmp_path):
     goes_on(inside, run_folder(tmp_path))
 
 
-# owner: pthread_sigmask blocks the signals for one thread, and the others (TensorBoard's, tqdm's) receive them instead
 def test_further_signals_during_the_save_do_not_disturb_it(start, tmp_path):
     process = start(*WRITING, "--checkpoint-frequency", 10**9)
     wait(lambda: evaluated(tmp_path, 500), process)
