@@ -177,6 +177,9 @@ sac.main(Probe)
 # Bad input
 
 
+SHORTEST = "--total-timesteps 10 --eval-episodes 1 --hidden-size 8".split()  # should it be accepted
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -201,7 +204,7 @@ sac.main(Probe)
     ],
 )
 def test_bad_input_is_refused(inside, tmp_path, arguments, words):
-    refused(inside("sac", *arguments.split()), *words)
+    refused(inside("sac", *SHORTEST, *arguments.split()), *words)
     assert not (tmp_path / "runs").exists()
 
 
@@ -221,7 +224,7 @@ def test_bad_input_to_a_subprocess(run, tmp_path, script, arguments, word):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_cuda_device(inside):
-    refused(inside("sac", "--device", "cuda"), "--device cuda")
+    refused(inside("sac", *SHORTEST, "--device", "cuda"), "--device cuda")
 
 
 class Payload:
