@@ -483,7 +483,7 @@ def parse_arguments() -> Args:
 def leave(number: int, frame: object) -> None:
     """A signal ends a run through its `finally`, which saves; later ones must not disturb that."""
     for later in SIGNALS:
-        signal.signal(later, signal.SIG_IGN)
+        signal.signal(later, lambda *_: None)
     sys.exit(128 + number)
 
 
@@ -613,6 +613,7 @@ def main(agent_class: type) -> None:
                 # Evaluate
                 if step // args.eval_frequency > evaluated // args.eval_frequency or step >= args.total_timesteps:
                     returns = evaluate(agent, args, device, folder / "videos", f"step-{step}")
+                    check_finite(step, evaluation=returns)
                     statistics = [float(f(returns)) for f in (np.mean, np.std, np.min, np.max)]
                     evaluations.append([step, agent.updates, *statistics, round(time.time() - start, 3)])
                     table = [["step", "updates", "mean", "std", "min", "max", "seconds"], *evaluations]

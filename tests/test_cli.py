@@ -249,7 +249,7 @@ def payload_inside(path):
 
 
 def payload_alone(path):
-    path.write_bytes(pickle.dumps(Payload()))
+    path.write_bytes(pickle.dumps(Payload(), protocol=2))
 
 
 @pytest.mark.parametrize("damage", [missing, cut_short, some_other_file, payload_inside, payload_alone])
