@@ -399,7 +399,7 @@ def parse_arguments() -> Args:
 def leave(number: int, frame: object) -> None:
     """A signal ends a run through its `finally`, which saves; later ones must not disturb that."""
     for later in SIGNALS:
-        signal.signal(later, lambda *_: None)
+        signal.signal(later, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
