@@ -425,7 +425,7 @@ def main(agent_class: type) -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, leave)
     warnings.filterwarnings("ignore", module="gymnasium")  # that v4 is out of date
-    torch.set_flush_denormal(True)  # numbers below 1e-38 are slow on a CPU, and Humanoid-v4 makes them by the hundreds
+    torch.set_flush_denormal(True)  # a CPU is slow with numbers below 1e-38, which large observations lead to
     torch.manual_seed(args.seed)
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device")
