@@ -25,6 +25,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "learning: trains an agent on a small task, minutes")
     config.addinivalue_line("filterwarnings", "ignore::UserWarning:gymnasium")
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so their children
 
 
 def environment(**extra):
