@@ -25,7 +25,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "learning: trains an agent on a small task, minutes")
     config.addinivalue_line("filterwarnings", "ignore::UserWarning:gymnasium")
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so their children
+    # A shell's background jobs ignore these, and so would their children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def environment(**extra):
