@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from conftest import TESTS, evaluations, run_folder
+from conftest import RL_SCRIPTS, TESTS, evaluations, run_folder
 
 sys.path.insert(0, str(TESTS / "benchmarks"))
 import campaign  # noqa: E402
@@ -17,7 +17,7 @@ MORE = {"qsm": ["--q-gradient-scale", "0.2", "--policy-lr-steps", "8000", "--exp
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("script", campaign.SCRIPTS)
+@pytest.mark.parametrize("script", RL_SCRIPTS)
 def test_learns_to_balance_a_pole(run, tmp_path, script):
     flags = [*campaign.flags_of("quick", script), *MORE.get(script, []), "--total-timesteps", STEPS[script]]
     process = run(script, "--env-id", "InvertedPendulum-v4", "--seed", 1, *flags, timeout=600)

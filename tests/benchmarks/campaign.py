@@ -1,4 +1,4 @@
-"""The results: tasks x scripts x seeds, their tables and pictures.
+"""The results: tasks x agents x seeds, their tables and pictures.
 
     python tests/benchmarks/campaign.py locomotion --tasks HalfCheetah-v4 Humanoid-v4 --seeds 1 --workers 2
     python tests/benchmarks/campaign.py quick --workers 2
@@ -25,20 +25,38 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "results"
-SCRIPTS = ["sdac", "qsm", "sac", "td3"]
-COLOURS = dict(zip(SCRIPTS, ("#d1495b", "#edae49", "#00798c", "#30638e")))
+COLOURS = {"sdac": "#d1495b", "qsm": "#edae49", "sac": "#00798c", "td3": "#30638e"}
 
-# Profiles: flags for every script, and what differs for one of them.
+# SDAC for CPUs, and its protocol: 194,000 updates follow the random steps.
+CHEAP = (
+    "--proposal replay --target-particles 1 --bounded-reverse-sampling --temperature 0.05"
+    " --num-reverse-samples 16 --num-particles 16"
+)
+PROTOCOL = "--num-envs 5 --updates-per-step 1 --total-timesteps 1000000 --learning-starts 30000"
+
+# Profiles: flags for all, and agents with what differs for one of them. An agent is SCRIPT or SCRIPT-VARIANT.
 PROFILES = {
-    # The protocol of the SDAC paper, 194,000 updates after the random steps, with SDAC in the variant for CPUs.
     "locomotion": {
         "tasks": ["HalfCheetah-v4", "Humanoid-v4", "Ant-v4", "Walker2d-v4"],
         "seeds": [1, 2, 3],
-        "flags": "--num-envs 5 --updates-per-step 1 --total-timesteps 1000000 --learning-starts 30000"
-        " --eval-frequency 20000 --eval-episodes 10",
-        "script_flags": {
-            "sdac": "--proposal replay --target-particles 1 --bounded-reverse-sampling --temperature 0.05"
-            " --num-reverse-samples 16 --num-particles 16",
+        "flags": f"{PROTOCOL} --eval-frequency 20000 --eval-episodes 10",
+        "agents": {"sdac": CHEAP, "qsm": "", "sac": "", "td3": ""},
+    },
+    # What the variant for CPUs was chosen by: its first 30,000 updates, and one thing changed at a time.
+    "pilots": {
+        "tasks": ["HalfCheetah-v4", "Humanoid-v4"],
+        "seeds": [1],
+        "flags": f"{PROTOCOL} --total-timesteps 180000 --eval-frequency 20000 --eval-episodes 10",
+        "agents": {
+            "sdac": CHEAP,
+            "sdac-t01": f"{CHEAP} --temperature 0.01",
+            "sdac-M64": f"{CHEAP} --num-reverse-samples 64",
+            "sdac-M32": f"{CHEAP} --num-reverse-samples 32",
+            "sdac-N32": f"{CHEAP} --num-particles 32",
+            "sdac-N4": f"{CHEAP} --num-particles 4",
+            "sdac-target4": f"{CHEAP} --target-particles 4",
+            "sdac-unbounded": f"{CHEAP} --no-bounded-reverse-sampling",
+            "sac": "",
         },
     },
     # The same with every default, on the paper's ten tasks: for GPUs.
@@ -48,9 +66,8 @@ PROFILES = {
             "InvertedPendulum-v4", "InvertedDoublePendulum-v4", "Reacher-v4", "Swimmer-v4", "Pusher-v5",
         ],
         "seeds": [1, 2, 3, 4, 5],
-        "flags": "--num-envs 5 --updates-per-step 1 --total-timesteps 1000000 --learning-starts 30000"
-        " --eval-frequency 10000 --eval-episodes 20",
-        "script_flags": {},
+        "flags": f"{PROTOCOL} --eval-frequency 10000 --eval-episodes 20",
+        "agents": {"sdac": "", "qsm": "", "sac": "", "td3": ""},
     },
     # Minutes on two cores: small networks, larger learning rates, and for SDAC the cheap and cold variant.
     "quick": {
@@ -58,7 +75,7 @@ PROFILES = {
         "seeds": [1, 2, 3],
         "flags": "--num-envs 1 --total-timesteps 12000 --learning-starts 1000 --hidden-size 64 --batch-size 128"
         " --tau 0.02 --eval-frequency 1000 --eval-episodes 10 --checkpoint-frequency 4000 --device cpu",
-        "script_flags": {
+        "agents": {
             "sdac": "--proposal replay --target-particles 1 --temperature 0.01 --noise-scale 0.03 --diffusion-steps 10"
             " --num-particles 8 --num-reverse-samples 32 --q-lr 1e-3 --policy-lr 1e-3",
             "qsm": "--q-gradient-scale 0.5 --q-lr 1e-3 --policy-lr 1e-3",
@@ -78,8 +95,12 @@ PUBLISHED = {
 }
 
 
-def flags_of(profile, script):
-    return f"{PROFILES[profile]['flags']} {PROFILES[profile]['script_flags'].get(script, '')}".split()
+def flags_of(profile, agent):
+    return f"{PROFILES[profile]['flags']} {PROFILES[profile]['agents'][agent]}".split()
+
+
+def script_of(agent):
+    return agent.partition("-")[0]
 
 
 def value_of(flags, name):
@@ -99,38 +120,38 @@ def last_step(folder):
     return int(rows[-1]["step"]) if rows else 0
 
 
-def find(work, profile, script, task, seed):
+def find(work, profile, agent, task, seed):
     """The newest run folder with these coordinates, or None."""
-    return max((work / "runs").glob(f"{task}__{profile}-{script}__{seed}__*"), default=None)
+    return max((work / "runs").glob(f"{task}__{profile}-{agent}__{seed}__*"), default=None)
 
 
-def start(work, profile, script, task, seed, extra):
+def start(work, profile, agent, task, seed, extra):
     """The subprocess of a run that is not finished; None if it is."""
-    flags = [*flags_of(profile, script), *extra]
-    folder = find(work, profile, script, task, seed)
+    flags = [*flags_of(profile, agent), *extra]
+    folder = find(work, profile, agent, task, seed)
     if folder and last_step(folder) >= int(value_of(flags, "--total-timesteps")):
         return None
-    command = [sys.executable, str(ROOT / f"{script}.py")]
+    command = [sys.executable, str(ROOT / f"{script_of(agent)}.py")]
     if folder and (folder / "checkpoint.pt").exists():
         command += ["--resume", str(folder.relative_to(work)), *extra]
     else:
-        command += ["--exp-name", f"{profile}-{script}", "--env-id", task, "--seed", str(seed), *flags]
-    with open(work / f"{task}-{script}-{seed}.log", "a") as log:
+        command += ["--exp-name", f"{profile}-{agent}", "--env-id", task, "--seed", str(seed), *flags]
+    with open(work / f"{task}-{agent}-{seed}.log", "a") as log:
         return subprocess.Popen(command, cwd=work, stdout=log, stderr=log)
 
 
-def collect(work, profile, script, task, seed):
+def collect(work, profile, agent, task, seed):
     """Copy a finished run's evaluations and arguments to the results, with versions and the machine."""
-    folder, target = find(work, profile, script, task, seed), RESULTS / profile / task
+    folder, target = find(work, profile, agent, task, seed), RESULTS / profile / task
     target.mkdir(parents=True, exist_ok=True)
-    (target / f"{script}-{seed}.csv").write_text((folder / "evaluations.csv").read_text())
+    (target / f"{agent}-{seed}.csv").write_text((folder / "evaluations.csv").read_text())
     packages = ("torch", "numpy", "gymnasium", "mujoco")
     about = {
         "args": json.loads((folder / "args.json").read_text()),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "machine": machine(),
     }
-    (target / f"{script}-{seed}.json").write_text(json.dumps(about, indent=1) + "\n")
+    (target / f"{agent}-{seed}.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def machine():
@@ -145,11 +166,11 @@ def machine():
     return f"{model}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', '1')} thread(s) a run{gpu}"
 
 
-def run(profile, scripts, tasks, seeds, workers, extra, work):
+def run(profile, agents, tasks, seeds, workers, extra, work):
     """Run what is not finished, seed by seed so that an early end leaves whole comparisons."""
     work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // workers, 1)))
-    waiting = [(script, task, seed) for seed in seeds for script in scripts for task in tasks]
+    waiting = [(agent, task, seed) for seed in seeds for agent in agents for task in tasks]
     running, failed = {}, []
     try:
         while waiting or running:
@@ -178,13 +199,13 @@ def run(profile, scripts, tasks, seeds, workers, extra, work):
 
 
 def load(profile):
-    """{task: {script: {seed: rows}}} of the results, tasks in the profile's order."""
-    runs = {task: defaultdict(dict) for task in PROFILES[profile]["tasks"]}
-    for task, scripts in runs.items():
-        for path in sorted((RESULTS / profile / task).glob("*.csv")):
-            script, seed = path.stem.rsplit("-", 1)
-            scripts[script][int(seed)] = read(path)
-    return {task: scripts for task, scripts in runs.items() if scripts}
+    """{task: {agent: {seed: rows}}} of the results, in the profile's order."""
+    runs = defaultdict(lambda: defaultdict(dict))
+    for task in PROFILES[profile]["tasks"]:
+        for agent in PROFILES[profile]["agents"]:
+            for path in sorted((RESULTS / profile / task).glob(f"{agent}-[0-9]*.csv")):
+                runs[task][agent][int(path.stem.rsplit("-", 1)[1])] = read(path)
+    return runs
 
 
 def mean_and_std(values):
@@ -200,17 +221,18 @@ def in_words(values):
 
 
 def table(profile):
-    """Markdown: last and best evaluation of every script on every task, and what others published."""
+    """Markdown: last and best evaluation of every agent on every task, and what others published."""
     published = profile == "locomotion"
     lines = ["| task | script | last evaluation | best evaluation | minutes |" + " published |" * published]
     lines += ["| --- |" + " --- |" * (4 + published)]
-    for task, scripts in load(profile).items():
-        for script in [script for script in SCRIPTS if script in scripts]:
-            seeds = scripts[script].values()
+    for task, agents in load(profile).items():
+        for agent, seeds in agents.items():
+            seeds, (script, _, variant) = seeds.values(), agent.partition("-")
             last, best = ([pick(rows) for rows in seeds] for pick in (lambda r: r[-1]["mean"], best_of))
             minutes = sum(rows[-1]["seconds"] for rows in seeds) / len(seeds) / 60
-            cells = [task, f"`{script}.py`", in_words(last), in_words(best), f"{minutes:.0f}" if minutes >= 10 else f"{minutes:.1f}"]
-            cells += [str(PUBLISHED[task].get(script, ""))] if published else []
+            cells = [task, f"`{script}.py` {variant}".strip(), in_words(last), in_words(best)]
+            cells += [f"{minutes:.0f}" if minutes >= 10 else f"{minutes:.1f}"]
+            cells += [str(PUBLISHED[task].get(agent, ""))] if published else []
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -236,21 +258,21 @@ def draw(profile):
         sharey="col",
         layout="constrained",
     )
-    for (task, scripts), (by_steps, by_time) in zip(runs.items(), axes.T):
-        for script in [script for script in SCRIPTS if script in scripts]:
-            seeds = list(scripts[script].values())
+    for (task, agents), (by_steps, by_time) in zip(runs.items(), axes.T):
+        for agent, seeds in agents.items():
+            seeds = list(seeds.values())
             rows = [[rows[i] for rows in seeds] for i in range(min(map(len, seeds)))]
             statistics = [mean_and_std([row["mean"] for row in same]) for same in rows]
             means = [mean for mean, _ in statistics]
             low, high = [mean - std for mean, std in statistics], [mean + std for mean, std in statistics]
-            name = "SDAC (CPU variant)" if (profile, script) == ("locomotion", "sdac") else script.upper()
+            name = "SDAC (CPU variant)" if (profile, agent) == ("locomotion", "sdac") else agent
             label = f"{name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
             for axis, x in (
                 (by_steps, [same[0]["step"] / 1000 for same in rows]),
                 (by_time, [sum(row["seconds"] for row in same) / len(same) / 60 for same in rows]),
             ):
-                axis.plot(x, means, color=COLOURS[script], label=label, linewidth=1.5)
-                axis.fill_between(x, low, high, color=COLOURS[script], alpha=0.2, linewidth=0)
+                (line,) = axis.plot(x, means, color=COLOURS.get(agent), label=label, linewidth=1.5)
+                axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         by_steps.set(title=task, xlabel="environment steps / 1000")
         by_time.set(xlabel="minutes, training and evaluation")
         by_steps.legend(fontsize=8, frameon=False)
@@ -264,7 +286,7 @@ def draw(profile):
 def parser():
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("profile", choices=PROFILES)
-    result.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS, help="default: all")
+    result.add_argument("--agents", nargs="+", help="default: the profile's")
     result.add_argument("--tasks", nargs="+", help="default: the profile's")
     result.add_argument("--seeds", nargs="+", type=int, help="default: the profile's")
     result.add_argument("--workers", type=int, default=1, help="runs at a time")
@@ -276,10 +298,12 @@ def main():
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, extra = parser().parse_args(arguments[:split]), arguments[split + 1 :]
-    tasks, seeds = (getattr(options, name) or PROFILES[options.profile][name] for name in ("tasks", "seeds"))
+    agents, tasks, seeds = (
+        getattr(options, name) or list(PROFILES[options.profile][name]) for name in ("agents", "tasks", "seeds")
+    )
     work, failed = Path("campaign").resolve() / options.profile, []
     if not options.draw:
-        failed = run(options.profile, options.scripts, tasks, seeds, options.workers, extra, work)
+        failed = run(options.profile, agents, tasks, seeds, options.workers, extra, work)
     draw(options.profile)
     print(table(options.profile))
     sys.exit(f"failed: {failed}" if failed else 0)
