@@ -42,7 +42,7 @@ PROFILES = {
         "flags": f"{PROTOCOL} --eval-frequency 20000 --eval-episodes 10",
         "agents": {"sdac": CHEAP, "qsm": "", "sac": "", "td3": ""},
     },
-    # What the variant for CPUs was chosen by: its first 30,000 updates, and one thing changed at a time.
+    # What SDAC's variant and QSM's M_q were chosen by: 30,000 updates, and one thing changed at a time.
     "pilots": {
         "tasks": ["HalfCheetah-v4", "Humanoid-v4"],
         "seeds": [1],
@@ -57,6 +57,9 @@ PROFILES = {
             "sdac-target4": f"{CHEAP} --target-particles 4",
             "sdac-unbounded": f"{CHEAP} --no-bounded-reverse-sampling",
             "sac": "",
+            "qsm-q5": "--q-gradient-scale 5",
+            "qsm-q50": "--q-gradient-scale 50",
+            "qsm-q120": "--q-gradient-scale 120",
         },
     },
     # The same with every default, on the paper's ten tasks: for GPUs.
@@ -222,6 +225,8 @@ def in_words(values):
 
 def table(profile):
     """Markdown: last and best evaluation of every agent on every task, and what others published."""
+    if profile == "pilots":
+        return table_of_updates(profile)
     published = profile == "locomotion"
     lines = ["| task | script | last evaluation | best evaluation | minutes |" + " published |" * published]
     lines += ["| --- |" + " --- |" * (4 + published)]
@@ -237,12 +242,35 @@ def table(profile):
     return "\n".join(lines) + "\n"
 
 
+def table_of_updates(profile):
+    """Markdown: evaluations of every agent's first seed after so many updates."""
+    lines = []
+    for task, agents in load(profile).items():
+        longest = max((seeds[1] for seeds in agents.values()), key=len)
+        updates = [row["updates"] for row in longest if row["updates"]]
+        lines += [
+            f"| {task} | {' | '.join(f'{n / 1000:.0f}k' for n in updates)} |",
+            "| --- |" + " --- |" * len(updates),
+        ]
+        for agent, seeds in agents.items():
+            script, _, variant = agent.partition("-")
+            means = {row["updates"]: f"{row['mean']:.0f}" for row in seeds[1]}
+            cells = [f"`{script}.py` {variant}".strip(), *(means.get(n, "") for n in updates)]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def best_of(rows):
     return max(row["mean"] for row in rows)
 
 
 def draw(profile):
-    """One picture: a column per task, over steps above and over minutes below; mean and one standard deviation."""
+    """The table; and one picture: a column per task, over steps above and over minutes below; mean and one standard
+    deviation. No picture of the pilots, whose minutes say nothing."""
+    (RESULTS / profile / "table.md").write_text(table(profile))
+    if profile == "pilots":
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -280,7 +308,6 @@ def draw(profile):
         row[0].set(ylabel="evaluation return")
     figure.savefig(RESULTS / profile / "curves.png", dpi=110)
     plt.close(figure)
-    (RESULTS / profile / "table.md").write_text(table(profile))
 
 
 def parser():
