@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Reverse Sampling Score Matching (RSSM) on two-dimensional densities, beside four other samplers.
+"""Reverse Sampling Score Matching (RSSM) on two-dimensional densities, beside five other methods.
 
 Section 5.1 of Ma, Chen, Wang, Li, Dai: "Efficient Online Reinforcement Learning for Diffusion Policy", ICML 2025,
 arXiv 2502.00361: learn to sample a density pi(a) ∝ exp(-E(a)) from its energy E alone. No environment, no critic;
@@ -25,9 +25,9 @@ samples and only two intermediate distributions. Both are tuned for minutes on t
 Metrics, over `--samples` samples of each method; the row `true` shows what as many true samples would score:
     kl            KL(P|Q) over 40 x 40 cells of the box; P_c the density's mass, Q_c the samples' (0.1 added per cell)
     mode_error    sum_m |share of samples that belong to mode m - its weight| / 2, between 0 and 1
-    energies      evaluations of E while training and sampling, gradients: of ∇E
+    energies      evaluations of E while training and sampling; gradients: of ∇E, each of which evaluates E too
     seconds       wall-clock time of training and sampling
-    peak_mb       growth of the process's largest resident memory, in MB (0 if an earlier method needed more)
+    peak_mb       growth of the process's largest resident memory, in MB on Linux (0 if an earlier method needed more)
 
 Usage:
     python toy_rssm.py
@@ -88,7 +88,7 @@ class Args:
     num_reverse_samples: Count = 256
     """M of rssm"""
     diffusion_steps: Annotated[int, Field(ge=2)] = 100
-    """denoising steps T of rssm, dsm and qsm"""
+    """denoising steps T, of idem too"""
     hidden_size: Count = 128
     """width of the three hidden layers of the score networks"""
 

@@ -7,7 +7,7 @@
 Starts the scripts as subprocesses, `--workers` at a time, which share the cores. Finished runs are skipped and
 interrupted ones resumed, so the same command goes on after Ctrl-C or a crash. What follows `--` goes to the scripts.
 Run folders lie in campaign/PROFILE/runs of the current folder. From them, tests/results/PROFILE/ gets each finished
-run's evaluations (TASK/SCRIPT-SEED.csv), its arguments, versions and machine (.json), curves.png and table.md.
+run's evaluations (TASK/AGENT-SEED.csv), its arguments, versions and machine (.json), curves.png and table.md.
 """
 
 import argparse
@@ -42,7 +42,7 @@ PROFILES = {
         "flags": f"{PROTOCOL} --eval-frequency 20000 --eval-episodes 10",
         "agents": {"sdac": CHEAP, "qsm": "", "sac": "", "td3": ""},
     },
-    # What SDAC's variant and QSM's M_q were chosen by: 30,000 updates, and one thing changed at a time.
+    # To choose SDAC's variant and QSM's M_q by: 30,000 updates, and one thing changed at a time.
     "pilots": {
         "tasks": ["HalfCheetah-v4", "Humanoid-v4"],
         "seeds": [1],
