@@ -329,6 +329,7 @@ def main():
         getattr(options, name) or list(PROFILES[options.profile][name]) for name in ("agents", "tasks", "seeds")
     )
     work, failed = Path("campaign").resolve() / options.profile, []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends its runs too, as Ctrl-C does
     if not options.draw:
         failed = run(options.profile, agents, tasks, seeds, options.workers, extra, work)
     draw(options.profile)
