@@ -220,9 +220,9 @@ class Policy(nn.Module):
     the sampler computes the state's share once.
     """
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden: int, time_dim: int = 64, cond_dim: int = 128):
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int, steps: int, time_dim: int = 64, cond_dim: int = 128):
         super().__init__()
-        fan_in = action_dim + obs_dim + cond_dim
+        self.steps, fan_in = steps, action_dim + obs_dim + cond_dim
         self.frequencies = nn.Parameter(0.2 * torch.randn(time_dim // 2))  # learned Fourier features of t
         self.time_layers = nn.Sequential(
             Linear(time_dim, cond_dim), Mish(), Linear(cond_dim, cond_dim), Linear(cond_dim, hidden, fan_in, bias=False)
@@ -231,20 +231,20 @@ class Policy(nn.Module):
         self.action_layer = Linear(action_dim, hidden, fan_in, bias=False)
         self.trunk = nn.Sequential(Mish(), Linear(hidden, hidden), Mish(), Linear(hidden, action_dim))
 
-    def time_share(self, t: Tensor) -> Tensor:
-        """The share of t (B,) in the first layer, (B, hidden)."""
-        angles = 2 * math.pi * t[:, None] * self.frequencies
+    def time_shares(self) -> Tensor:
+        """The share of every t in the first layer, (T, hidden)."""
+        angles = 2 * math.pi * torch.arange(self.steps, device=self.frequencies.device)[:, None] * self.frequencies
         return self.time_layers(torch.cat([angles.cos(), angles.sin()], dim=1))
 
     def forward(self, observations: Tensor, a_t: Tensor, t: Tensor) -> Tensor:
-        return self.trunk(self.state_layer(observations) + self.action_layer(a_t) + self.time_share(t))
+        share = F.one_hot(t, self.steps).to(a_t.dtype) @ self.time_shares()  # T rows through its layers instead of B
+        return self.trunk(self.state_layer(observations) + self.action_layer(a_t) + share)
 
 
 def denoise(policy: Policy, schedule: Schedule, observations: Tensor, a_t: Tensor, z: Tensor) -> Tensor:
     """Actions (B, d) by DDPM from a_t (B, d) for observations (B, o), with z (T, B, d) ~ N(0, I); each step is clipped
     to the box."""
-    state = policy.state_layer(observations)
-    times = policy.time_share(torch.arange(len(z), device=z.device))
+    state, times = policy.state_layer(observations), policy.time_shares()
     for t in reversed(range(len(z))):
         predicted_eps = policy.trunk(state + policy.action_layer(a_t) + times[t])
         a_t = schedule.scale[t] * (a_t - schedule.eps_factor[t] * predicted_eps) + schedule.std[t] * z[t]
@@ -276,7 +276,7 @@ class QSM(nn.Module):
         super().__init__()
         self.args, self.action_dim, self.updates = args, action_dim, 0
         self.schedule = Schedule(args.diffusion_steps)
-        self.policy = Policy(obs_dim, action_dim, args.hidden_size)
+        self.policy = Policy(obs_dim, action_dim, args.hidden_size, args.diffusion_steps)
         self.critics = Critics(obs_dim, action_dim, args.hidden_size)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), args.policy_lr, fused=True)

@@ -71,7 +71,7 @@ def test_the_target_moves_samples_up_the_critic():
         policy = SimpleNamespace(  # one that answers the target, whatever the state
             state_layer=lambda observations: 0,
             action_layer=lambda a_t: a_t,
-            time_share=lambda t: torch.zeros(T, 1),
+            time_shares=lambda: torch.zeros(T, 1),
             trunk=lambda a_t: sign * regression_target(quadratics(mu, mu), a_t, scale=3.0),
         )
         actions = qsm.denoise(policy, qsm.Schedule(T), None, torch.randn(4000, 2), torch.randn(T, 4000, 2))
@@ -118,12 +118,12 @@ def test_acting_equals_the_oracle(explore):
 
 
 def test_initial_weights():
-    policy = qsm.Policy(100, 20, 512)
+    policy = qsm.Policy(100, 20, 512, T)
     first = torch.cat([policy.action_layer.weight, policy.state_layer.weight, policy.time_layers[3].weight])
     for weight in (first, *qsm.Critics(100, 20, 512).net[0].weight):
         assert weight.abs().max().item() == pytest.approx(math.sqrt(6 / sum(weight.shape)), rel=1e-3)  # Xavier
     assert first.shape == (248, 512)
-    assert qsm.Policy(3, 2, 8, time_dim=20_000).frequencies.std().item() == pytest.approx(0.2, rel=0.03)
+    assert qsm.Policy(3, 2, 8, T, time_dim=20_000).frequencies.std().item() == pytest.approx(0.2, rel=0.03)
 
 
 # The bias, and that RSSM does not have it
