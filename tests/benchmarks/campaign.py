@@ -40,7 +40,7 @@ PROFILES = {
         "tasks": ["HalfCheetah-v4", "Humanoid-v4", "Ant-v4", "Walker2d-v4"],
         "seeds": [1, 2, 3],
         "flags": f"{PROTOCOL} --eval-frequency 20000 --eval-episodes 10",
-        "agents": {"sdac": CHEAP, "qsm": "", "sac": "", "td3": ""},
+        "agents": {"sdac": CHEAP, "qsm": "--q-gradient-scale 5", "sac": "", "td3": ""},
     },
     # To choose SDAC's variant and QSM's M_q by: 30,000 updates, and one thing changed at a time.
     "pilots": {
