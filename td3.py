@@ -488,8 +488,8 @@ def main(agent_class: type) -> None:
         write(folder / "policy.pt", agent.state_dict())
         write(folder / "checkpoint.pt", checkpoint)
 
-    start, last_return, last_evaluation = time.time() - seconds, math.nan, math.nan
-    evaluated = evaluations[-1][0] if evaluations else 0  # the step of the last evaluation
+    start, last_return = time.time() - seconds, math.nan
+    evaluated, _, last_evaluation, *_ = evaluations[-1] if evaluations else (0, 0, math.nan)  # its step and mean return
     interval = 0.1 if sys.stderr.isatty() else 30
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=interval, maxinterval=30)
     with bar, SummaryWriter(folder, purge_step=step + 1) as writer:
