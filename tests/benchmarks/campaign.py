@@ -293,7 +293,7 @@ def draw(profile):
             statistics = [mean_and_std([row["mean"] for row in same]) for same in rows]
             means = [mean for mean, _ in statistics]
             low, high = [mean - std for mean, std in statistics], [mean + std for mean, std in statistics]
-            name = "SDAC (CPU variant)" if (profile, agent) == ("locomotion", "sdac") else agent.upper()
+            name = "SDAC (cheap variant)" if (profile, agent) == ("locomotion", "sdac") else agent.upper()
             label = f"{name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
             for axis, x in (
                 (by_steps, [same[0]["step"] / 1000 for same in rows]),
