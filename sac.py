@@ -28,8 +28,8 @@ Usage:
     python sac.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
 Departures from the paper: no factor 1/2 in (5), which Adam ignores. Where the paper is silent: log sigma is clamped to
-[-20, 2], alpha starts at 1, the first 5,000 steps are random, and the policy is trained against the critics after
-their step.
+[-20, 2], alpha starts at 1 and Adam steps its logarithm, the first 5,000 steps are random, and the policy is trained
+against the critics after their step.
 """
 
 # /// script
@@ -160,12 +160,8 @@ class Critics(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        first, second, last = (
-            TwinLinear(obs_dim + action_dim, hidden),
-            TwinLinear(hidden, hidden),
-            TwinLinear(hidden, 1),
-        )
-        self.net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
+        first, second = TwinLinear(obs_dim + action_dim, hidden), TwinLinear(hidden, hidden)
+        self.net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), TwinLinear(hidden, 1))
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         return self.net(torch.cat([observations, actions], dim=1).expand(2, -1, -1)).squeeze(2)
@@ -259,7 +255,7 @@ class SAC(nn.Module):
 #     Agent(obs_dim, action_dim, args)    an nn.Module; its state_dict is what the run folder keeps of it
 #     .act(observations, explore)         actions (B, d) in [-1, 1] for observations (B, o), with exploration or without
 #     .update(batch)                      one update from a `Batch`; returns what to log, {name: tensor ()}
-#     .updates                            how many there were
+#     .updates                            how many there were; --resume sets it
 #     .optimizers                         a list; checkpoints keep their states
 
 
@@ -324,10 +320,9 @@ class ReplayBuffer:
         return {"added": self.added, "columns": [torch.from_numpy(column[: len(self)]) for column in self.columns]}
 
     def load_state_dict(self, state: dict) -> None:
-        for column, values in zip(self.columns, state["columns"]):
-            values = values[-self.size :]  # all of them, but for a smaller --buffer-size than before
-            column[: len(values)] = values
-        self.added = state["added"] if len(values) == self.size else len(values)
+        oldest = state["added"] % max(len(state["columns"][0]), 1)  # its row, where the old buffer was full; else 0
+        for part in (slice(oldest, None), slice(oldest)):
+            self.add(*(column[part][-self.size :] for column in state["columns"]))  # fewer if --buffer-size shrank
 
 
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
@@ -338,7 +333,7 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
         box = env.action_space
         if not (isinstance(box, gym.spaces.Box) and box.is_bounded() and (box.low < box.high).all()):
             fail(f"{args.env_id} has the action space {box}; needed is a Box with finite low < high")
-        return RescaleAction(env, np.float32(-1), np.float32(1))
+        return RescaleAction(env, -1, 1)
 
     wrappers = [FlattenObservation, lambda env: DtypeObservation(env, np.float32), rescale]
     same_step = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
@@ -362,7 +357,7 @@ def evaluate(agent: nn.Module, args: Args, device: torch.device, videos: Path, n
         for _ in range(100_000):
             actions = agent.act(torch.as_tensor(observations, device=device), explore=False).cpu().numpy()
             observations, rewards, terminations, truncations, _ = envs.step(actions.reshape(envs.action_space.shape))
-            returns += running * rewards
+            returns[running] += rewards[running]
             running &= ~(terminations | truncations)
             if not running.any():
                 break
@@ -377,6 +372,7 @@ def fail(message: object) -> None:
 
 
 def check_finite(step: int, **quantities: Tensor | np.ndarray) -> None:
+    """Ends the program, naming the first quantity that is NaN or infinite."""
     for name, values in quantities.items():
         if not torch.as_tensor(values).isfinite().all():
             fail(f"{name} is NaN or infinite at step {step}")
@@ -420,6 +416,7 @@ SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 def main(agent_class: type) -> None:
+    """Train, resume or evaluate as the command line says."""
     args = parse_arguments()
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
@@ -430,15 +427,14 @@ def main(agent_class: type) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch finds no CUDA device")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    stance = "default" if args.compile else "force_eager"
+    torch.compiler.set_stance("default" if args.compile else "force_eager")
     if args.compile:
         try:
             torch._dynamo.config.trace_autograd_ops = True  # so that `gradients` becomes one graph
             torch.compile(torch.neg)(torch.ones(1, device=device))
         except Exception as error:
-            stance = "force_eager"
+            torch.compiler.set_stance("force_eager")
             print(f"running without torch.compile, which fails here: {str(error).splitlines()[0]}", flush=True)
-    torch.compiler.set_stance(stance)
 
     # What can't work is refused before there is a run folder
     try:
@@ -556,6 +552,8 @@ def main(agent_class: type) -> None:
                 if step // args.checkpoint_frequency > (step - args.num_envs) // args.checkpoint_frequency:
                     save()
         finally:  # whatever ended the run: its last step, a signal, the environment, a closed pipe
+            for number in SIGNALS:  # one that comes now would cut the save short
+                signal.signal(number, signal.SIG_IGN)
             save()
     print(f"checkpoint, policy and evaluations are in {folder}")
 

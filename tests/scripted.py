@@ -63,6 +63,14 @@ class NanReward(Faulty):
         return observation, float("nan"), *rest
 
 
+class NanLater(Scripted):
+    """Only the first episode has rewards."""
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, float("nan") if self.episode else reward, *rest
+
+
 class HugeReward(Faulty):
     """Finite as float64, infinite as float32."""
 
@@ -136,8 +144,8 @@ class Wide(Scripted):
 
 
 KIN = [
-    Scripted, Raising, NanReward, HugeReward, InfiniteObservation, RaisingReset, NoSeed, OnlyTwo, Endless, OwnEpisode,
-    Unbounded, Pinned, Wide,
+    Scripted, Raising, NanReward, NanLater, HugeReward, InfiniteObservation, RaisingReset, NoSeed, OnlyTwo, Endless,
+    OwnEpisode, Unbounded, Pinned, Wide,
 ]  # fmt: skip
 for kin in KIN:
     gym.register(f"{kin.__name__}-v0", kin)

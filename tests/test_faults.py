@@ -16,6 +16,8 @@ import scripted
 import torch
 from conftest import ROOT, SMALL, TESTS, environment, evaluations, load, run_folder
 
+import sac
+
 # Without an end, on a real task; the networks are those of test_cli.py and already compiled
 ENDLESS = [*SMALL["sac"].split(), "--env-id", "Hopper-v4", "--num-envs", "5", "--learning-starts", "800"]
 ENDLESS += ["--eval-frequency", "500", "--eval-episodes", "2", "--checkpoint-frequency", "1000000000"]
@@ -126,6 +128,16 @@ def test_further_signals_during_the_save_do_not_disturb_it(start, tmp_path):
     output = "".join(process.communicate())
     assert process.returncode in (129, 130, 143), output
     assert load(run_folder(tmp_path))["step"] >= 500
+
+
+def test_a_first_signal_during_the_last_save_does_not_disturb_it(inside, tmp_path, monkeypatch):
+    def interrupted(path, content, write=sac.write):
+        signal.raise_signal(signal.SIGTERM)
+        write(path, content)
+
+    monkeypatch.setattr(sac, "write", interrupted)
+    assert inside("sac", "--env-id", "Scripted-v0", *FLAGS, "--total-timesteps", 40).returncode == 0
+    assert load(run_folder(tmp_path))["step"] == 40
 
 
 def test_a_signal_that_is_ignored_stays_ignored(inside):
