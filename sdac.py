@@ -658,22 +658,9 @@ def parse_arguments() -> Args:
     return tyro.cli(Args, description=summary, default=saved)
 
 
-def leave(number: int, frame: object) -> None:
-    """A signal ends a run through its `finally`, which saves; later ones must not disturb that."""
-    for later in SIGNALS:
-        signal.signal(later, signal.SIG_IGN)
-    sys.exit(128 + number)
-
-
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-
-
 def main(agent_class: type) -> None:
     """Train, resume or evaluate as the command line says."""
     args = parse_arguments()
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(number, leave)
     warnings.filterwarnings("ignore", module="gymnasium")  # that v4 is out of date
     torch.set_flush_denormal(True)  # a CPU is slow with numbers below 1e-38, which large observations lead to
     torch.manual_seed(args.seed)
@@ -750,13 +737,17 @@ def main(agent_class: type) -> None:
         write(folder / "policy.pt", agent.state_dict())
         write(folder / "checkpoint.pt", checkpoint)
 
+    signals = []  # they end the run between two steps: an exception might be lost in a callback, or cut an update short
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, lambda number, _: signals.append(number))
     start, last_return = time.time() - seconds, math.nan
     evaluated, _, last_evaluation, *_ = evaluations[-1] if evaluations else (0, 0, math.nan)  # its step and mean return
     interval = 0.1 if sys.stderr.isatty() else 30
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=interval, maxinterval=30)
     with bar, SummaryWriter(folder, purge_step=step + 1) as writer:
         try:
-            while evaluated < args.total_timesteps:
+            while evaluated < args.total_timesteps and not signals:
                 # Act
                 if step < args.learning_starts:
                     actions = 2 * torch.rand(args.num_envs, action_dim).numpy() - 1
@@ -804,11 +795,14 @@ def main(agent_class: type) -> None:
                 bar.update(args.num_envs)
                 if step // args.checkpoint_frequency > (step - args.num_envs) // args.checkpoint_frequency:
                     save()
+        except Exception:
+            if not signals:  # Ctrl-C reaches the compiler's processes too
+                raise
         finally:  # whatever ended the run: its last step, a signal, the environment, a closed pipe
-            for number in SIGNALS:  # one that comes now would cut the save short
-                signal.signal(number, signal.SIG_IGN)
             save()
     print(f"checkpoint, policy and evaluations are in {folder}")
+    if signals:
+        sys.exit(128 + signals[0])
 
 
 # ==== END OF HARNESS ================================================================================================

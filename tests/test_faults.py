@@ -126,7 +126,7 @@ def test_further_signals_during_the_save_do_not_disturb_it(start, tmp_path):
             process.send_signal(number)
             time.sleep(0.001)
     output = "".join(process.communicate())
-    assert process.returncode in (129, 130, 143), output
+    assert "checkpoint, policy and evaluations" in output and process.returncode != 0, output
     assert load(run_folder(tmp_path))["step"] >= 500
 
 
@@ -136,31 +136,41 @@ def test_a_first_signal_during_the_last_save_does_not_disturb_it(inside, tmp_pat
         write(path, content)
 
     monkeypatch.setattr(sac, "write", interrupted)
-    assert inside("sac", "--env-id", "Scripted-v0", *FLAGS, "--total-timesteps", 40).returncode == 0
+    assert inside("sac", "--env-id", "Scripted-v0", *FLAGS, "--total-timesteps", 40).returncode == 143
     assert load(run_folder(tmp_path))["step"] == 40
 
 
-def test_a_signal_that_is_ignored_stays_ignored(inside, monkeypatch):
-    """As nohup wants it."""
-    handlers = {}
+def test_a_signal_where_exceptions_are_lost_ends_the_run_after_a_whole_step(inside, tmp_path, monkeypatch):
+    """As in the callbacks of weak references, of which torch.compile has many. The 10 updates lie in 5 steps of 2."""
 
-    def spied(*arguments, evaluate=sac.evaluate):
-        handlers.update({number: signal.getsignal(number) for number in sac.SIGNALS})
+    class Lost:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def interrupted(*arguments, move_average=sac.move_average, calls=[]):
+        calls.append(Lost() if len(calls) == 8 else None)
+        calls[-1] = None
+        move_average(*arguments)
+
+    monkeypatch.setattr(sac, "move_average", interrupted)
+    arguments = ["--env-id", "Scripted-v0", *FLAGS, "--updates-per-step", 2, "--total-timesteps", 400]
+    assert inside("sac", *arguments).returncode == 143
+    checkpoint = load(run_folder(tmp_path))
+    assert (checkpoint["step"], checkpoint["updates"]) == (40, 10) and len(checkpoint["buffer"]["columns"][0]) == 40
+
+
+def test_a_signal_that_is_ignored_stays_ignored(inside, tmp_path, monkeypatch):
+    """As nohup wants it."""
+
+    def interrupted(*arguments, evaluate=sac.evaluate):
+        signal.raise_signal(signal.SIGHUP)
         return evaluate(*arguments)
 
-    monkeypatch.setattr(sac, "evaluate", spied)
+    monkeypatch.setattr(sac, "evaluate", interrupted)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    assert inside("sac", "--env-id", "Scripted-v0", *FLAGS, "--total-timesteps", 10).returncode == 0
-    assert handlers[signal.SIGHUP] is signal.SIG_IGN and handlers[signal.SIGTERM] is sac.leave
-
-
-def test_ctrl_c_ends_an_evaluation_without_a_traceback(start, inside, tmp_path):
-    inside("sac", "--env-id", "Scripted-v0", *FLAGS, "--total-timesteps", 10)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # that run ignores it in the end, and a child would too
-    process = start("--evaluate", run_folder(tmp_path), "--env-id", "scripted:Endless-v0")
-    assert process.stdout.readline() == "start\n"
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=100)[1] == "" and process.returncode == 130
+    arguments = ["--env-id", "Scripted-v0", *FLAGS, "--eval-frequency", 10, "--total-timesteps", 20]
+    assert inside("sac", *arguments).returncode == 0
+    assert load(run_folder(tmp_path))["step"] == 20
 
 
 # Closed pipes
