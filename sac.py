@@ -443,6 +443,7 @@ def main(agent_class: type) -> None:
             agent.load_state_dict(torch.load(Path(args.evaluate, "policy.pt"), map_location=device, weights_only=True))
         except Exception as error:
             fail(f"can't load the policy of {args.evaluate}: {error}")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C without a traceback
         returns = evaluate(agent, args, device, Path(args.evaluate, "videos"), "evaluate")
         print(*(f"episode {i}: return {value:.2f}" for i, value in enumerate(returns)), sep="\n")
         print(f"mean {returns.mean():.2f}, standard deviation {returns.std():.2f} over {len(returns)} episodes")
