@@ -56,6 +56,7 @@ PROFILES = {
             "sdac-N4": f"{CHEAP} --num-particles 4",
             "sdac-target4": f"{CHEAP} --target-particles 4",
             "sdac-unbounded": f"{CHEAP} --no-bounded-reverse-sampling",
+            "sdac-noise002": f"{CHEAP} --noise-scale 0.02",
             "sac": "",
             "qsm-q5": "--q-gradient-scale 5",
             "qsm-q50": "--q-gradient-scale 50",
