@@ -281,7 +281,7 @@ def draw(profile):
     figure, axes = plt.subplots(
         2,
         len(runs),
-        figsize=(4.2 * len(runs), 5.2),
+        figsize=(3.4 * len(runs), 5.2),
         squeeze=False,
         height_ratios=(3, 2),
         sharey="col",
@@ -304,7 +304,7 @@ def draw(profile):
                 axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         by_steps.set(title=task, xlabel="environment steps / 1000")
         by_time.set(xlabel="minutes, training and evaluation")
-        by_steps.legend(fontsize=8, frameon=False)
+        by_steps.legend(fontsize=7.5, frameon=False, handlelength=1)
     for row in axes:
         row[0].set(ylabel="evaluation return")
     figure.savefig(RESULTS / profile / "curves.png", dpi=110)
