@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Soft Actor-Critic (SAC): maximum-entropy reinforcement learning with a tanh-Gaussian policy.
 
-Haarnoja, Zhou, Hartikainen, Tucker, Ha, Tan, Kumar, Zhu, Gupta, Abbeel, Levine: "Soft Actor-Critic Algorithms and
-Applications", 2018, arXiv 1812.05905. The policy maximises return plus alpha times its entropy, two critics learn the
-soft value of its actions, and alpha is tuned so that the entropy stays at -d, d the number of action dimensions.
+Haarnoja et al.: "Soft Actor-Critic Algorithms and Applications", 2018, arXiv 1812.05905. The policy maximises return
+plus alpha times its entropy, two critics learn the soft value of its actions, and the temperature alpha is tuned so
+that the entropy stays at -d, where d is the number of action dimensions.
 
     a = tanh(u),  u = mu_phi(s) + sigma_phi(s) eps,  eps ~ N(0, I)                              policy      (1)
     log pi(a|s) = log N(u; mu, diag(sigma^2)) - sum_i log(1 - tanh(u_i)^2)                                  (2)
@@ -27,116 +27,76 @@ Usage:
     python sac.py --resume runs/RUN_FOLDER
     python sac.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
-Departures from the paper: no factor 1/2 in (5), which Adam ignores. Where the paper is silent: log sigma is clamped to
-[-20, 2], alpha starts at 1 and Adam steps its logarithm, the first 5,000 steps are random, and the policy is trained
-against the critics after their step.
+Departure from the paper: no factor 1/2 in (5), which Adam ignores. Where the paper is silent: log sigma is clamped to
+[-20, 2], alpha starts at 1 and Adam steps its logarithm, and the first 5,000 steps are random.
 """
 
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "numpy==2.4.6",
-#     "gymnasium[mujoco]==1.4.0",
-#     "mujoco==3.14.0",
-#     "tyro==1.0.17",
-#     "pydantic==2.14.3",
-#     "tensorboard==2.21.0",
-#     "tqdm==4.70.1",
-#     "wandb==0.31.0",
-#     "moviepy==2.2.1",
-# ]
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.14.0", "tyro==1.0.17",
+#     "pydantic==2.14.3", "tensorboard==2.21.0", "tqdm==4.70.1", "wandb==0.31.0", "moviepy==2.2.1"]
 # ///
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from gymnasium.wrappers import DtypeObservation, FlattenObservation, RecordVideo, RescaleAction
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass
+@dataclass(config={"extra": "forbid"})
 class Args:
-    exp_name: Annotated[str, Field(pattern="^[^/]+$")] = "sac"
-    """name of the experiment, part of the run folder's name"""
-    env_id: str = "HalfCheetah-v4"
-    """id of a gymnasium environment with bounded continuous actions; `module:id` imports the module first"""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
-    """seed of everything random"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks live; auto takes CUDA if there is one"""
-    compile: bool = True
-    """with torch.compile, which needs a C++ compiler, or on CUDA Triton"""
-    total_timesteps: Count = 1_000_000
-    """environment steps of the whole run, summed over the environments"""
-    num_envs: Count = 1
-    """environments that step together"""
-    updates_per_step: Count = 1
-    """updates after each such vector step"""
-    learning_starts: Natural = 5_000
-    """environment steps with uniformly random actions before the first update"""
-    buffer_size: Count = 1_000_000
-    """transitions that the replay buffer holds"""
-    batch_size: Count = 256
-    """transitions in each update"""
-    eval_frequency: Count = 10_000
-    """environment steps between evaluations"""
-    eval_episodes: Count = 20
-    """episodes of an evaluation, played in parallel"""
-    checkpoint_frequency: Count = 50_000
-    """environment steps between checkpoints"""
-    capture_video: bool = False
-    """record the first episode of each evaluation in the run folder's `videos`"""
-    track: bool = False
-    """send the curves to Weights & Biases too"""
-    wandb_project_name: str = "diffusion-policy-online-rl"
-    """W&B project"""
-    wandb_entity: str | None = None
-    """W&B team or user"""
-    resume: str | None = None
-    """go on with the run in this folder, with its arguments where the command line gives none"""
-    evaluate: str | None = None
-    """play `--eval-episodes` episodes with the policy in this run folder, print the returns and stop"""
+    exp_name: Annotated[str, Field(pattern="^[^/]+$")] = "sac"  # name of the experiment, part of the run folder's name
+    env_id: str = "HalfCheetah-v4"  # gymnasium id; `module:id` imports the module first
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # seed of everything random
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks live; auto takes CUDA if there is one
+    compile: bool = True  # use torch.compile, which needs a C++ compiler, or Triton on CUDA
+    total_timesteps: Count = 1_000_000  # environment steps of the whole run, summed over the environments
+    num_envs: Count = 1  # environments that step together
+    updates_per_step: Count = 1  # updates after each step of all environments together
+    learning_starts: Annotated[int, Field(ge=0)] = 5_000  # environment steps of random actions before the first update
+    buffer_size: Count = 1_000_000  # transitions that the replay buffer holds
+    batch_size: Count = 256  # transitions in each update
+    eval_frequency: Count = 10_000  # environment steps between evaluations
+    eval_episodes: Count = 20  # episodes of an evaluation, played in parallel
+    checkpoint_frequency: Count = 50_000  # environment steps between checkpoints
+    capture_video: bool = False  # record the first episode of each evaluation in the run folder's `videos`
+    track: bool = False  # send the curves to Weights & Biases too
+    wandb_project_name: str = "diffusion-policy-online-rl"  # W&B project
+    wandb_entity: str | None = None  # W&B team or user
+    resume: str | None = None  # run folder to go on in; its saved arguments apply unless overridden
+    evaluate: str | None = None  # run folder whose policy plays `--eval-episodes` episodes, instead of training
 
     # Algorithm specific arguments
-    gamma: Fraction = 0.99
-    """discount factor"""
-    tau: Fraction = 0.005
-    """step size of the target critics' moving average"""
-    q_lr: Fraction = 3e-4
-    """learning rate of the critics"""
-    policy_lr: Fraction = 3e-4
-    """learning rate of the policy"""
-    alpha_lr: Fraction = 3e-4
-    """learning rate of log alpha"""
-    hidden_size: Count = 256
-    """width of the two hidden layers of critics and policy"""
+    gamma: Fraction = 0.99  # discount factor
+    tau: Fraction = 0.005  # step size of the target critics' moving average
+    q_lr: Fraction = 3e-4  # learning rate of the critics
+    policy_lr: Fraction = 3e-4  # learning rate of the policy
+    alpha_lr: Fraction = 3e-4  # learning rate of log alpha
+    hidden_size: Count = 256  # width of the two hidden layers of critics and policy
 
 
 # ALGO LOGIC: networks -----------------------------------------------------------------------------------------------
@@ -184,11 +144,48 @@ class Policy(nn.Module):
         mean, log_std = self(observations)
         u = mean + log_std.exp() * eps
         log_normal = -0.5 * eps**2 - log_std - 0.5 * math.log(2 * math.pi)
-        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
+        log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
         return torch.tanh(u), (log_normal - log_slope).sum(1)
 
 
-# ALGO LOGIC: the agent (Batch, minimize and move_average are the first things in the harness) -----------------------
+# ==== TOOLS: the same text in sac.py, td3.py, qsm.py and sdac.py ====================================================
+
+
+class Batch(NamedTuple):
+    """Transitions, one per row."""
+
+    observations: Tensor  # (B, o)
+    actions: Tensor  # (B, d), in [-1, 1]
+    next_observations: Tensor  # (B, o), at the end of an episode its true last observation
+    rewards: Tensor  # (B,)
+    dones: Tensor  # (B,), 1 where the episode terminated; truncation does not count
+
+
+@torch.compile(dynamic=False, mode="reduce-overhead")  # with it SAC and TD3 make 1.3 to 1.5 times as many updates
+def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Gradients of the first value that `loss(*inputs)` returns, and its second, the metrics. Unlike `backward`, this
+    lets torch.compile capture forward and backward in one graph, given `trace_autograd_ops`, which the harness sets."""
+    value, metrics = loss(*inputs)
+    return torch.autograd.grad(value, parameters), {name: metric.detach() for name, metric in metrics.items()}
+
+
+def minimize(optimizer: torch.optim.Optimizer, loss: Callable, *inputs) -> dict[str, Tensor]:
+    """One step of the optimizer on `loss(*inputs)`, with all other parameters held fixed. Returns the metrics."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    grads, metrics = gradients(loss, parameters, *inputs)
+    for parameter, grad in zip(parameters, grads):
+        parameter.grad = grad
+    optimizer.step()
+    return {name: metric.clone() for name, metric in metrics.items()}  # CUDA graphs overwrite their results
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, online: nn.Module, tau: float) -> None:
+    """average <- (1-tau) average + tau online, parameter by parameter."""
+    torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), tau)
+
+
+# ALGO LOGIC: the agent ---------------------------------------------------------------------------------------------
 
 
 class SAC(nn.Module):
@@ -209,10 +206,8 @@ class SAC(nn.Module):
     @torch.no_grad()
     def act(self, observations: Tensor, explore: bool) -> Tensor:
         """Actions (B, d) for observations (B, o): a sample of the policy, or tanh of its mean."""
-        if not explore:
-            return torch.tanh(self.policy(observations)[0])
-        eps = torch.randn(len(observations), self.action_dim, device=observations.device)
-        return self.policy.sample(observations, eps)[0]
+        mean, log_std = self.policy(observations)
+        return torch.tanh(mean + log_std.exp() * torch.randn_like(mean) if explore else mean)
 
     def critic_loss(self, batch: Batch, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Equation (5): squared errors against the soft value of the next state, equation (4)."""
@@ -243,58 +238,23 @@ class SAC(nn.Module):
         """Lines 4 to 7 of the algorithm. Returns what to log."""
         metrics = minimize(self.critic_optimizer, self.critic_loss, batch, torch.randn_like(batch.actions))
         metrics |= minimize(self.policy_optimizer, self.policy_loss, batch, torch.randn_like(batch.actions))
-        metrics |= minimize(self.alpha_optimizer, self.alpha_loss, metrics["entropy"])
+        entropy = metrics["entropy"]  # of the actions that the policy was trained on
+        metrics |= minimize(self.alpha_optimizer, self.alpha_loss, entropy)
         move_average(self.target_critics, self.critics, self.args.tau)
         self.updates += 1
         return metrics
 
 
 # ==== HARNESS: the same text in sac.py, td3.py, qsm.py and sdac.py ==================================================
-#
 # It trains any class with these members, on gymnasium environments with bounded continuous actions:
 #     Agent(obs_dim, action_dim, args)    an nn.Module; its state_dict is what the run folder keeps of it
-#     .act(observations, explore)         actions (B, d) in [-1, 1] for observations (B, o), with exploration or without
-#     .update(batch)                      one update from a `Batch`; returns what to log, {name: tensor ()}
-#     .updates                            how many there were; --resume sets it
-#     .optimizers                         a list; checkpoints keep their states
-
-
-@torch.compile(dynamic=False, mode="reduce-overhead")  # with it SAC and TD3 make 1.3 to 1.5 times as many updates
-def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Gradients of the loss that `loss(*inputs)` returns first, and what it returns second, to be logged. In place of
-    `backward`, so that both passes are one function, which torch.compile makes one graph of."""
-    value, metrics = loss(*inputs)
-    return torch.autograd.grad(value, parameters), {name: metric.detach() for name, metric in metrics.items()}
-
-
-def minimize(optimizer: torch.optim.Optimizer, loss: Callable, *inputs) -> dict[str, Tensor]:
-    """One step of the optimizer on `loss(*inputs)`; all parameters but its own are held fixed. Returns what to log."""
-    parameters = optimizer.param_groups[0]["params"]
-    grads, metrics = gradients(loss, parameters, *inputs)
-    for parameter, grad in zip(parameters, grads):
-        parameter.grad = grad
-    optimizer.step()
-    return {name: metric.clone() for name, metric in metrics.items()}  # CUDA graphs overwrite their results
-
-
-@torch.no_grad()
-def move_average(average: nn.Module, online: nn.Module, tau: float) -> None:
-    """average <- (1-tau) average + tau online, parameter by parameter."""
-    torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), tau)
-
-
-class Batch(NamedTuple):
-    """Transitions, one per row."""
-
-    observations: Tensor  # (B, o)
-    actions: Tensor  # (B, d), in [-1, 1]
-    next_observations: Tensor  # (B, o), at the end of an episode its true last observation
-    rewards: Tensor  # (B,)
-    dones: Tensor  # (B,), 1 where the episode terminated; truncation does not count
+#     .act(observations, explore)         actions (B, d) in [-1, 1] for observations (B, o), with or without exploration
+#     .update(batch)                      one update from a `Batch`; returns metrics to log, {name: tensor ()}
+#     .updates, .optimizers               the number of updates so far, and a list; both are kept in checkpoints
 
 
 class ReplayBuffer:
-    """The last `size` transitions. The system commits memory only as rows are written."""
+    """The last `size` transitions. The operating system commits memory only as rows are written."""
 
     def __init__(self, size: int, obs_dim: int, action_dim: int):
         self.size, self.added = size, 0
@@ -305,7 +265,7 @@ class ReplayBuffer:
         return min(self.added, self.size)
 
     def add(self, *transitions: np.ndarray) -> None:
-        """Add a row per environment, given as the columns of a `Batch`; the oldest rows make room."""
+        """Add one row per environment, given as the columns of a `Batch`, in place of the oldest rows."""
         rows = np.arange(self.added, self.added + len(transitions[0])) % self.size
         for column, values in zip(self.columns, transitions):
             column[rows] = values
@@ -320,38 +280,52 @@ class ReplayBuffer:
         return {"added": self.added, "columns": [torch.from_numpy(column[: len(self)]) for column in self.columns]}
 
     def load_state_dict(self, state: dict) -> None:
-        oldest = state["added"] % max(len(state["columns"][0]), 1)  # its row, where the old buffer was full; else 0
-        for part in (slice(oldest, None), slice(oldest)):
-            self.add(*(column[part][-self.size :] for column in state["columns"]))  # fewer if --buffer-size shrank
+        oldest = state["added"] % max(len(state["columns"][0]), 1)  # the oldest row of a full buffer; 0 otherwise
+        for chunk in (slice(oldest, None), slice(oldest)):
+            self.add(*(column[chunk][-self.size :] for column in state["columns"]))  # fewer if --buffer-size shrank
+
+
+def fail(message: object) -> NoReturn:
+    """Exit with a message instead of a traceback, for what the user can fix."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_finite(when: str, quantities: dict[str, Tensor | np.ndarray]) -> None:
+    """Exit with the name of the first quantity that is NaN or infinite."""
+    for name, values in quantities.items():
+        if not torch.as_tensor(values).isfinite().all():
+            fail(f"{name} is NaN or infinite at {when}")
 
 
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     """Environments with flat float32 observations and actions in [-1, 1], which reset within the step that ends an
-    episode: `step` returns the next episode's first observation, the last one is in `infos["final_obs"]`."""
+    episode: `step` returns the next episode's first observation; the last one is in `infos["final_obs"]`."""
 
     def rescale(env: gym.Env) -> gym.Env:
         box = env.action_space
-        if not (isinstance(box, gym.spaces.Box) and box.is_bounded() and (box.low < box.high).all()):
-            fail(f"{args.env_id} has the action space {box}; needed is a Box with finite low < high")
+        floats = isinstance(box, gym.spaces.Box) and np.issubdtype(box.dtype, np.floating)
+        if not (floats and box.is_bounded() and (box.low < box.high).all()):
+            fail(f"{args.env_id} has the action space {box}; it must be a Box of floats with finite low < high")
         return RescaleAction(env, -1, 1)
 
     wrappers = [FlattenObservation, lambda env: DtypeObservation(env, np.float32), rescale]
     same_step = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-    render_mode = "rgb_array" if args.capture_video else None
-    envs = gym.make_vec(args.env_id, num_envs, "sync", same_step, wrappers, render_mode=render_mode)
+    video = {"render_mode": "rgb_array"} if args.capture_video else {}  # some environments refuse render_mode=None
+    envs = gym.make_vec(args.env_id, num_envs, "sync", vector_kwargs=same_step, wrappers=wrappers, **video)
     return RecordEpisodeStatistics(envs, stats_key="statistics")  # an environment may have an "episode" of its own
 
 
-def evaluate(agent: nn.Module, args: Args, device: torch.device, videos: Path, name: str) -> np.ndarray:
+def evaluate(agent: nn.Module, args: Args, device: torch.device, signals: list, videos: Path, name: str) -> np.ndarray:
     """Returns (episodes,) of one episode in each of `--eval-episodes` new environments, without exploration noise, cut
-    at 100,000 steps. The seeds are the same each time, and the random numbers of training are not touched."""
+    at 100,000 steps. The seeds are the same each time, and training's random numbers stay untouched."""
     seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()
-    envs = make_envs(args, args.eval_episodes)
-    if args.capture_video:
-        first = envs.unwrapped.envs[0]
-        envs.unwrapped.envs[0] = RecordVideo(first, str(videos), lambda episode: episode == 0, name_prefix=name)
     returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    with torch.random.fork_rng():
+    generators = [device] if device.type == "cuda" else []  # besides the CPU's
+    with contextlib.closing(make_envs(args, args.eval_episodes)) as envs, torch.random.fork_rng(generators):
+        if args.capture_video:
+            first = envs.unwrapped.envs[0]
+            envs.unwrapped.envs[0] = RecordVideo(first, str(videos), lambda episode: episode == 0, name_prefix=name)
         torch.manual_seed(seeds[0])
         observations, _ = envs.reset(seed=seeds)
         for _ in range(100_000):
@@ -359,143 +333,135 @@ def evaluate(agent: nn.Module, args: Args, device: torch.device, videos: Path, n
             observations, rewards, terminations, truncations, _ = envs.step(actions.reshape(envs.action_space.shape))
             returns[running] += rewards[running]
             running &= ~(terminations | truncations)
+            if signals:  # the run ends here, without this evaluation; --resume makes up for it
+                sys.exit(128 + signals[0])
             if not running.any():
                 break
-    envs.close()
+    check_finite(name, {"evaluation": returns})
     return returns
 
 
-def fail(message: object) -> None:
-    """End the program over something that its user can mend."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def check_finite(step: int, **quantities: Tensor | np.ndarray) -> None:
-    """Ends the program, naming the first quantity that is NaN or infinite."""
-    for name, values in quantities.items():
-        if not torch.as_tensor(values).isfinite().all():
-            fail(f"{name} is NaN or infinite at step {step}")
-
-
-def write(path: Path, content: dict) -> None:
-    """torch.save beside the old file, then over it in one step: a kill at any moment leaves a whole file."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
+def write(path: Path, content: dict | str) -> None:
+    """Write a temporary file, then rename it: a kill at any moment leaves a whole file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)  # in a stranger's folder, a link to another file
     try:
-        torch.save(content, beside)
-        beside.replace(path)
+        temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def save(folder: Path, agent: nn.Module, buffer: ReplayBuffer, step: int, seconds: float, evaluations: list) -> None:
+    """Write policy and checkpoint, unless a parameter is not finite: then the last good ones stay."""
+    check_finite(f"step {step}", dict(agent.named_parameters()))
+    checkpoint = {"step": step, "seconds": seconds, "evaluations": evaluations, "updates": agent.updates}
+    checkpoint |= {"agent": agent.state_dict(), "buffer": buffer.state_dict()}
+    checkpoint["optimizers"] = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
+    write(folder / "policy.pt", agent.state_dict())
+    write(folder / "checkpoint.pt", checkpoint)
+
+
+def restore(folder: Path, agent: nn.Module, buffer: ReplayBuffer) -> tuple[int, float, list]:
+    """Load the checkpoint into agent and buffer. Returns step, seconds and evaluations."""
+    try:
+        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+        agent.updates = checkpoint["updates"]
+        agent.load_state_dict(checkpoint["agent"])
+        buffer.load_state_dict(checkpoint["buffer"])
+        for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):  # but not their learning rates
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": copy.deepcopy(state)})  # off the mapped file
+        return checkpoint["step"], checkpoint["seconds"], checkpoint["evaluations"]
+    except Exception as error:
+        fail(f"can't resume the run in {folder}: {error}")
+
+
+@contextlib.contextmanager
+def settings(args: Args) -> Iterator[list[int]]:
+    """What a run changes in its process, restored at the end. Yields a list that collects signals: they end the run
+    between two steps, since an exception from a handler may get lost in a callback, or leave half an update."""
+    signals, handlers = [], {}
+
+    def handle(number: int, frame: object) -> None:
+        signals.append(number)
+        with contextlib.suppress(AttributeError, OSError):  # stderr may be closed; `print` is not safe in a handler
+            os.write(sys.stderr.fileno(), b"\nstopping after this step\n")
+
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                handlers[number] = signal.signal(number, handle)
+    flushing = (torch.tensor([1e-39]) * 1).item() == 0
+    torch.set_flush_denormal(True)  # a CPU is slow with numbers below 1e-38, which large observations lead to
+    try:
+        with torch.compiler.set_stance("default" if args.compile else "force_eager"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="gymnasium")  # that v4 is out of date
+            yield signals
+    finally:
+        torch.set_flush_denormal(flushing)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def parse_arguments() -> Args:
-    """The command line; what it leaves open is as in the run that --resume or --evaluate names."""
-    paragraphs = __doc__.split("\n\n")
-    summary = "\n\n".join(paragraphs[:2] + [text for text in paragraphs if text.startswith("Usage")])
-    args = tyro.cli(Args, description=summary)
+    """The command line; what it leaves open is taken from the run that --resume or --evaluate names."""
+    args = tyro.cli(Args)
     run = args.resume if args.evaluate is None else args.evaluate
     if run is None:
         return args
+    not_saved = {"resume": None, "evaluate": None, "track": False, "wandb_entity": None}
     try:
-        saved = Args(**json.loads(Path(run, "args.json").read_text()))
+        saved = Args(**json.loads(Path(run, "args.json").read_text()) | not_saved)
     except (OSError, TypeError, ValueError) as error:
         fail(f"{run!r} is not a run folder of this script: {error}")
     if ":" in saved.env_id and args.env_id != saved.env_id:  # importing runs code, and the folder may be a stranger's
         fail(f"the run imports the module in its env_id {saved.env_id}; if you trust that, add --env-id {saved.env_id}")
-    return tyro.cli(Args, description=summary, default=saved)
+    return tyro.cli(Args, default=saved)
 
 
-def main(agent_class: type) -> None:
-    """Train, resume or evaluate as the command line says."""
-    args = parse_arguments()
-    warnings.filterwarnings("ignore", module="gymnasium")  # that v4 is out of date
-    torch.set_flush_denormal(True)  # a CPU is slow with numbers below 1e-38, which large observations lead to
-    torch.manual_seed(args.seed)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: PyTorch finds no CUDA device")
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    torch.compiler.set_stance("default" if args.compile else "force_eager")
-    if args.compile:
-        try:
-            torch._dynamo.config.trace_autograd_ops = True  # so that `gradients` becomes one graph
-            torch.compile(torch.neg)(torch.ones(1, device=device))
-        except Exception as error:
-            torch.compiler.set_stance("force_eager")
-            print(f"running without torch.compile, which fails here: {str(error).splitlines()[0]}", flush=True)
-
-    # What can't work is refused before there is a run folder
+def compile_ahead(agent: nn.Module, args: Args, obs_dim: int, action_dim: int, device: torch.device) -> None:
+    """Compile before the run starts, by acting and updating once on zeros; where that fails, go on without."""
+    print("compiling, which takes up to a few minutes the first time", file=sys.stderr)
+    sizes = (obs_dim,), (action_dim,), (obs_dim,), (), ()
     try:
-        envs = make_envs(args, args.num_envs)
-        obs_dim, action_dim = envs.single_observation_space.shape[0], math.prod(envs.single_action_space.shape)
-        buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
-    except (gym.error.Error, ImportError, MemoryError) as error:
-        fail(error)
-    if args.capture_video:
-        try:
-            envs.reset()
-            envs.unwrapped.envs[0].render()
-        except Exception as error:
-            fail(f"--capture-video can't render {args.env_id} ({error}): try MUJOCO_GL=egl, or MUJOCO_GL=osmesa")
-    agent = agent_class(obs_dim, action_dim, args).to(device)
+        torch._dynamo.config.trace_autograd_ops = True  # for `gradients`
+        agent.act(torch.zeros(args.eval_episodes, obs_dim, device=device), explore=False)
+        if args.evaluate is None:
+            agent.act(torch.zeros(args.num_envs, obs_dim, device=device), explore=True)
+            agent.update(Batch(*(torch.zeros(args.batch_size, *size, device=device) for size in sizes)))
+    except Exception as error:
+        torch.compiler.set_stance("force_eager")
+        print(f"running without torch.compile, which fails here: {error!r:.200}", flush=True)
 
-    if args.evaluate is not None:
-        try:
-            agent.load_state_dict(torch.load(Path(args.evaluate, "policy.pt"), map_location=device, weights_only=True))
-        except Exception as error:
-            fail(f"can't load the policy of {args.evaluate}: {error}")
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C without a traceback
-        returns = evaluate(agent, args, device, Path(args.evaluate, "videos"), "evaluate")
-        print(*(f"episode {i}: return {value:.2f}" for i, value in enumerate(returns)), sep="\n")
-        print(f"mean {returns.mean():.2f}, standard deviation {returns.std():.2f} over {len(returns)} episodes")
-        return
 
-    step, seconds, evaluations, metrics = 0, 0.0, [], {}
-    folder = Path("runs", f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{int(time.time())}")
+def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, folder: Path, signals: list) -> None:
+    """Train until --total-timesteps or a signal, from the checkpoint on if there is --resume."""
+    step, seconds, evaluations = 0, 0.0, []
     if args.resume is not None:
-        folder = Path(args.resume)
-        try:
-            checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-            step, seconds, evaluations = (checkpoint[key] for key in ("step", "seconds", "evaluations"))
-            agent.updates = checkpoint["updates"]
-            agent.load_state_dict(checkpoint["agent"])
-            buffer.load_state_dict(checkpoint["buffer"])
-            for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):  # not their learning rates
-                optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-        except Exception as error:
-            fail(f"can't resume the run in {folder}: {error}")
-        torch.manual_seed(args.seed + step)  # the old stream's beginning shall not come again
+        step, seconds, evaluations = restore(folder, agent, buffer)
+        torch.manual_seed(args.seed + step)  # do not replay the first run's random numbers
+    last_evaluated = evaluations[-1][0] if evaluations else 0
+    if max(last_evaluated, step - args.num_envs) >= args.total_timesteps:
+        fail(f"the run has made {step} steps; --total-timesteps {args.total_timesteps} leaves nothing to do")
     observations, _ = envs.reset(seed=args.seed + step)
     if args.track:
         import wandb
 
-        options = {"id": folder.resolve().name, "resume": "allow", "sync_tensorboard": True, "save_code": True}
+        options = {"id": folder.name, "resume": "allow", "sync_tensorboard": True, "save_code": True}
         try:
             wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args), **options)
         except wandb.errors.UsageError as error:
             fail(f"--track: {error} (WANDB_MODE=offline needs no login)")
-    folder.mkdir(parents=True, exist_ok=args.resume is not None)
-    (folder / "args.json").write_text(json.dumps(vars(args) | {"resume": None}, indent=2))
     print(f"{args.env_id} on {device}, run folder {folder}", flush=True)
+    folder.mkdir(parents=True, exist_ok=args.resume is not None)
+    write(folder / "args.json", json.dumps(vars(args) | {"resume": None}, indent=2))
 
-    def save() -> None:
-        check_finite(step, **dict(agent.named_parameters()))
-        checkpoint = {"step": step, "seconds": time.time() - start, "evaluations": evaluations}
-        checkpoint |= {"updates": agent.updates, "agent": agent.state_dict(), "buffer": buffer.state_dict()}
-        checkpoint["optimizers"] = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
-        write(folder / "policy.pt", agent.state_dict())
-        write(folder / "checkpoint.pt", checkpoint)
-
-    signals = []  # they end the run between two steps: an exception might be lost in a callback, or cut an update short
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(number, lambda number, _: signals.append(number))
-    start, last_return = time.time() - seconds, math.nan
-    evaluated, _, last_evaluation, *_ = evaluations[-1] if evaluations else (0, 0, math.nan)  # its step and mean return
-    interval = 0.1 if sys.stderr.isatty() else 30
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=interval, maxinterval=30)
+    start, action_dim, metrics, shown = time.time() - seconds, math.prod(envs.single_action_space.shape), {}, {}
+    drawing = {"mininterval": 0.1 if sys.stderr and sys.stderr.isatty() else 30, "disable": sys.stderr is None}
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", maxinterval=30, smoothing=0, **drawing)
     with bar, SummaryWriter(folder, purge_step=step + 1) as writer:
         try:
-            while evaluated < args.total_timesteps and not signals:
+            while last_evaluated < args.total_timesteps and not signals:
                 # Act
                 if step < args.learning_starts:
                     actions = 2 * torch.rand(args.num_envs, action_dim).numpy() - 1
@@ -509,46 +475,80 @@ def main(agent_class: type) -> None:
                 next_observations, rewards = new_observations.copy(), rewards.astype(np.float32)
                 for i in np.flatnonzero(terminations | truncations):
                     next_observations[i] = infos["final_obs"][i]
-                    last_return = infos["statistics"]["r"][i]
-                    writer.add_scalar("charts/episodic_return", last_return, step)
+                    shown["return"] = f"{infos['statistics']['r'][i]:.1f}"
+                    writer.add_scalar("charts/episodic_return", infos["statistics"]["r"][i], step)
                     writer.add_scalar("charts/episodic_length", infos["statistics"]["l"][i], step)
 
                 # Remember
-                check_finite(step, observation=observations, next_observation=next_observations, reward=rewards)
+                check_finite(f"step {step}", {"next_observation": next_observations, "reward": rewards})
                 buffer.add(observations, actions, next_observations, rewards, terminations)
                 observations = new_observations
 
                 # Learn
+                if agent.updates == 0:  # the time left is counted from the first update on
+                    bar.initial, bar.start_t, bar.last_print_t = step, time.time(), time.time()
                 for _ in range(args.updates_per_step if step > args.learning_starts else 0):
                     metrics |= agent.update(buffer.sample(args.batch_size, device))
                     if agent.updates % 100 == 0:
-                        check_finite(step, **metrics)
+                        check_finite(f"step {step}", metrics)
                         for name, metric in metrics.items():
                             writer.add_scalar(f"losses/{name}", metric.item(), step)
                         writer.add_scalar("charts/SPS", int(step / (time.time() - start)), step)
 
                 # Evaluate
-                if step // args.eval_frequency > evaluated // args.eval_frequency or step >= args.total_timesteps:
-                    returns = evaluate(agent, args, device, folder / "videos", f"step-{step}")
-                    check_finite(step, evaluation=returns)
+                if step // args.eval_frequency > last_evaluated // args.eval_frequency or step >= args.total_timesteps:
+                    returns = evaluate(agent, args, device, signals, folder / "videos", f"step-{step}")
                     statistics = [float(f(returns)) for f in (np.mean, np.std, np.min, np.max)]
                     evaluations.append([step, agent.updates, *statistics, round(time.time() - start, 3)])
                     table = [["step", "updates", "mean", "std", "min", "max", "seconds"], *evaluations]
-                    (folder / "evaluations.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in table))
-                    evaluated, last_evaluation = step, statistics[0]
-                    writer.add_scalar("eval/episodic_return", last_evaluation, step)
+                    write(folder / "evaluations.csv", "".join(",".join(map(str, row)) + "\n" for row in table))
+                    last_evaluated, shown["evaluation"] = step, f"{statistics[0]:.1f}"
+                    writer.add_scalar("eval/episodic_return", statistics[0], step)
 
                 # Report and save
-                bar.set_postfix_str(f"return {last_return:.1f}, evaluation {last_evaluation:.1f}", refresh=False)
+                bar.set_postfix(shown, refresh=False)
                 bar.update(args.num_envs)
-                if step // args.checkpoint_frequency > (step - args.num_envs) // args.checkpoint_frequency:
-                    save()
-        except Exception:
-            if not signals:  # Ctrl-C reaches the compiler's processes too
-                raise
-        finally:  # whatever ended the run: its last step, a signal, the environment, a closed pipe
-            save()
-    print(f"checkpoint, policy and evaluations are in {folder}")
+                if step % args.checkpoint_frequency < args.num_envs and step < args.total_timesteps:
+                    save(folder, agent, buffer, step, time.time() - start, evaluations)
+        finally:  # whatever ended the run: its last step, a signal, or an exception
+            save(folder, agent, buffer, step, time.time() - start, evaluations)
+
+
+def main(agent_class: type) -> None:
+    """Train, resume or evaluate as the command line says."""
+    args = parse_arguments()
+    new = f"runs/{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{time.time_ns()}"
+    folder = Path(args.evaluate or args.resume or new).resolve()  # now, since an environment may change directories
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch finds no CUDA device")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    with settings(args) as signals, contextlib.ExitStack() as stack:
+        try:
+            envs = stack.enter_context(contextlib.closing(make_envs(args, args.num_envs)))
+            sizes = envs.single_observation_space.shape[0], math.prod(envs.single_action_space.shape)
+            buffer = ReplayBuffer(args.buffer_size, *sizes)
+        except (gym.error.Error, ImportError, MemoryError) as error:
+            fail(error)
+        if args.capture_video:
+            try:
+                envs.reset()
+                envs.unwrapped.envs[0].render()
+            except Exception as error:
+                fail(f"--capture-video can't render {args.env_id} ({error}): try MUJOCO_GL=egl, or MUJOCO_GL=osmesa")
+        if args.compile:
+            compile_ahead(agent_class(*sizes, args).to(device), args, *sizes, device)
+        torch.manual_seed(args.seed)
+        agent = agent_class(*sizes, args).to(device)
+        if args.evaluate is None:
+            train(agent, buffer, envs, args, device, folder, signals)
+        else:
+            try:
+                agent.load_state_dict(torch.load(folder / "policy.pt", map_location=device, weights_only=True))
+            except Exception as error:
+                fail(f"can't load the policy of {folder}: {error}")
+            returns = evaluate(agent, args, device, signals, folder / "videos", "evaluate")
+            print(*(f"episode {i}: return {value:.2f}" for i, value in enumerate(returns)), sep="\n")
+            print(f"mean {returns.mean():.2f}, standard deviation {returns.std():.2f} over {len(returns)} episodes")
     if signals:
         sys.exit(128 + signals[0])
 
