@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,30 +50,38 @@ def run(tmp_path):
 
 
 @pytest.fixture
+def eager_float64():
+    """In float64, from the same seed, with nothing compiled."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
 def settings():
-    """What `main` sets for its process is afterwards as it was before."""
-    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    handlers = [signal.getsignal(number) for number in signals]
-    yield
-    for number, handler in zip(signals, handlers):
-        signal.signal(number, handler)
-    torch.set_flush_denormal(False)
-    torch.compiler.set_stance("default")
+    """What `main` changes in its process: signal handlers, flush-to-zero, the compiler's stance, warnings."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    flushed = (torch.full((1,), 1e-39) * 1).item() == 0
+    return handlers, flushed, torch._dynamo.eval_frame._stance.stance, len(warnings.filters)
 
 
 @pytest.fixture
-def inside(settings, tmp_path, monkeypatch, capsys):
-    """The same as `run` within this process and not compiled, without the seconds that a start takes."""
+def inside(tmp_path, monkeypatch, capsys):
+    """The same as `run` within this process and not compiled, without the seconds that a start takes. Whatever ends the
+    run, the process's settings are afterwards as they were before."""
 
     def inside(script, *arguments, agent=None, cwd=tmp_path):
         module = importlib.import_module(script)
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", "--no-compile", *map(str, arguments)])
-        status = 0
+        status, before = 0, settings()
         try:
             module.main(agent or getattr(module, RL_SCRIPTS[script]))
         except SystemExit as stop:
             status = stop.code
+        finally:
+            assert settings() == before
         out, err = capsys.readouterr()
         return SimpleNamespace(returncode=status, stdout=out, stderr=err)
 

@@ -4,20 +4,8 @@ import contextlib
 import copy
 from unittest import mock
 
-import pytest
 import reference
 import torch
-
-
-@pytest.fixture(autouse=True)
-def eager_float64():
-    """For files that import it: every test in float64, from the same seed, with nothing compiled."""
-    torch.set_default_dtype(torch.float64)
-    torch.compiler.set_stance("force_eager")
-    torch.manual_seed(0)
-    yield
-    torch.compiler.set_stance("default")
-    torch.set_default_dtype(torch.float32)
 
 
 # Random numbers
@@ -83,8 +71,8 @@ def replayed(*numbers):
 def layers_of(network):
     """The layers of a network that is no pair of critics; each as a tuple of modules, over which the script splits the
     layer by its inputs, in the order in which the paper's code puts them together."""
-    if hasattr(network, "net"):
-        return [(part,) for part in network.net if hasattr(part, "weight")]
+    if hasattr(network, "net") or isinstance(network, torch.nn.Sequential):
+        return [(part,) for part in getattr(network, "net", network) if hasattr(part, "weight")]
     trunk = [(part,) for part in network.trunk if hasattr(part, "weight")]
     if not hasattr(network, "time_layers"):
         return [(network.state_layer, network.action_layer), *trunk]
@@ -122,7 +110,7 @@ def networks(agent):
     for name in ("policy", "ema_policy", "target_policy"):
         if hasattr(agent, name):
             result[name] = policy(getattr(agent, name))
-    for name in ("critics", "ema_critics", "target_critics"):
+    for name in ("critics", "target_critics"):
         if hasattr(agent, name):
             result[name] = critics(getattr(agent, name))
     for name in ("log_lambda", "log_alpha"):

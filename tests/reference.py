@@ -129,10 +129,10 @@ class SDACReference:
     computed in any case, as in the official code.
     """
 
-    def __init__(self, policy, critics, ema_policy, ema_critics, log_lambda, args):
+    def __init__(self, policy, critics, ema_policy, target_critics, log_lambda, args):
         self.args = args
         self.policy, self.critics = policy, critics
-        self.ema_policy, self.ema_critics = ema_policy, ema_critics
+        self.ema_policy, self.target_critics = ema_policy, target_critics
         self.log_lambda = log_lambda
         for tensor in [*flat(policy), *flat(critics), log_lambda]:
             tensor.requires_grad_(True)
@@ -143,11 +143,11 @@ class SDACReference:
 
     @property
     def temperature(self):
-        return self.args.temperature * self.log_lambda.detach().exp() / self.args.lambda_start
+        return self.log_lambda.detach().exp()
 
     @property
     def exploration_std(self):
-        return self.args.noise_scale * self.log_lambda.detach().exp()
+        return self.args.exploration_noise * self.temperature / self.args.temperature
 
     @torch.no_grad()
     def best_of_n(self, policy, observations, n, noise):
@@ -210,10 +210,10 @@ class SDACReference:
     def update(self, batch, step, noise):
         args, std, noise = self.args, self.exploration_std, list(noise)
         with torch.no_grad():
-            n = args.num_particles if args.target_particles == 0 else args.target_particles
+            n = args.num_particles if args.target_particles is None else args.target_particles
             next_actions = self.best_of_n(self.policy, batch.next_observations, n, noise)
             eps = noise.pop(0)
-            next_q = sdac_min_q(self.ema_critics, batch.next_observations, self.explored(next_actions, eps))
+            next_q = sdac_min_q(self.target_critics, batch.next_observations, self.explored(next_actions, eps))
             if args.soft_critic:
                 normal = torch.distributions.Normal(torch.zeros_like(std), std)
                 next_q = next_q - self.temperature * normal.log_prob(std * eps).sum(1)
@@ -236,7 +236,7 @@ class SDACReference:
             self.lambda_adam.step((self.log_lambda * (entropy - args.target_entropy_scale * dim)).sum())
         if step % args.policy_frequency == 0:
             moving_average(self.ema_policy, self.policy, args.tau)
-            moving_average(self.ema_critics, self.critics, args.tau)
+            moving_average(self.target_critics, self.critics, args.tau)
 
 
 # SAC, arXiv 1812.05905

@@ -1,5 +1,8 @@
 """Environments whose every transition is known, registered on import: `scripted:Scripted-v0` and its faulty kin."""
 
+import os
+import signal
+
 import gymnasium as gym
 import numpy as np
 
@@ -19,10 +22,11 @@ class Scripted(gym.Env):
     action_space = gym.spaces.Box(LOW, HIGH)
     log = []  # (index, episode, t, action) of every step in this process
     seeds = []  # of every reset with one
-    made = 0
+    made = open = 0
 
     def __init__(self, render_mode=None):
         type(self).made += 1
+        Scripted.open += 1
         self.index, self.episode, self.steps = 0, -1, 0
 
     def reset(self, seed=None, options=None):
@@ -43,6 +47,9 @@ class Scripted(gym.Env):
         reward = 100.0 * self.index + 10 * self.episode + self.t
         end = self.t == self.index + 3
         return self.observation(), reward, end and self.episode % 2 == 0, end and self.episode % 2 == 1, {}
+
+    def close(self):
+        Scripted.open -= 1
 
 
 class Faulty(Scripted):
@@ -86,6 +93,33 @@ class InfiniteObservation(Faulty):
 class RaisingReset(Scripted):
     def reset(self, seed=None, options=None):
         raise ValueError("no such track")
+
+
+class InterruptedReset(Scripted):
+    """Ctrl-C while it starts."""
+
+    def reset(self, seed=None, options=None):
+        signal.raise_signal(signal.SIGINT)
+        return super().reset(seed, options)
+
+
+class Wandering(Scripted):
+    """Changes the working directory."""
+
+    def step(self, action):
+        os.chdir("/")
+        return super().step(action)
+
+
+class NoRenderMode(Scripted):
+    """Can't be rendered, and does not know the argument."""
+
+    def __init__(self):
+        super().__init__()
+
+
+class Integers(Scripted):
+    action_space = gym.spaces.Box(-3, 3, (2,), np.int64)
 
 
 class NoSeed(Scripted):
@@ -144,8 +178,8 @@ class Wide(Scripted):
 
 
 KIN = [
-    Scripted, Raising, NanReward, NanLater, HugeReward, InfiniteObservation, RaisingReset, NoSeed, OnlyTwo, Endless,
-    OwnEpisode, Unbounded, Pinned, Wide,
+    Scripted, Raising, NanReward, NanLater, HugeReward, InfiniteObservation, RaisingReset, InterruptedReset, Wandering,
+    NoRenderMode, Integers, NoSeed, OnlyTwo, Endless, OwnEpisode, Unbounded, Pinned, Wide,
 ]  # fmt: skip
 for kin in KIN:
     gym.register(f"{kin.__name__}-v0", kin)

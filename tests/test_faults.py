@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -88,8 +89,8 @@ def test_signals_write_a_checkpoint_first(start, inside, tmp_path, number):
     goes_on(inside, folder)
 
 
-def test_ctrl_c_in_a_terminal_during_the_first_compilation(inside, tmp_path):
-    """The terminal sends it to all processes of the group, those that compile included."""
+def test_ctrl_c_in_a_terminal_during_the_compilation(tmp_path):
+    """The terminal sends it to all processes of the group, those that compile included. Nothing has been done yet."""
     variables = environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     pid, terminal = pty.fork()
     if pid == 0:
@@ -104,7 +105,7 @@ def test_ctrl_c_in_a_terminal_during_the_first_compilation(inside, tmp_path):
             time.sleep(0.01)
         except OSError:  # the terminal's other end is closed
             break
-        if pressed is None and evaluated(tmp_path, 500):
+        if pressed is None and b"compiling" in output:
             pressed = time.time() + 3
         if pressed and time.time() > pressed:
             os.write(terminal, b"\x03")
@@ -113,9 +114,9 @@ def test_ctrl_c_in_a_terminal_during_the_first_compilation(inside, tmp_path):
     os.close(terminal)
     assert os.waitstatus_to_exitcode(status) == 130, output.decode()
     assert b"Traceback (most" not in output and b"KeyboardInterrupt" not in output, output.decode()
+    assert b"stopping after this step" in output
     checkpoint = load(run_folder(tmp_path))
-    assert checkpoint["step"] >= 500 and checkpoint["updates"] <= 1  # the compilation was cut short, or ended
-    goes_on(inside, run_folder(tmp_path))
+    assert checkpoint["step"] == checkpoint["updates"] == 0
 
 
 def test_further_signals_during_the_save_do_not_disturb_it(start, tmp_path):
@@ -125,14 +126,14 @@ def test_further_signals_during_the_save_do_not_disturb_it(start, tmp_path):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             process.send_signal(number)
             time.sleep(0.001)
-    output = "".join(process.communicate())
-    assert "checkpoint, policy and evaluations" in output and process.returncode != 0, output
-    assert load(run_folder(tmp_path))["step"] >= 500
+    process.communicate()
+    assert process.returncode != 0 and load(run_folder(tmp_path))["step"] >= 500
 
 
 def test_a_first_signal_during_the_last_save_does_not_disturb_it(inside, tmp_path, monkeypatch):
     def interrupted(path, content, write=sac.write):
-        signal.raise_signal(signal.SIGTERM)
+        if path.name == "checkpoint.pt":
+            signal.raise_signal(signal.SIGTERM)
         write(path, content)
 
     monkeypatch.setattr(sac, "write", interrupted)
@@ -178,7 +179,30 @@ def test_ctrl_c_ends_an_evaluation_without_a_traceback(start, inside, tmp_path):
     process = start("--evaluate", run_folder(tmp_path), "--env-id", "scripted:Endless-v0")
     assert process.stdout.readline() == "start\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=100)[1] == "" and process.returncode == -signal.SIGINT
+    assert "Traceback" not in process.communicate(timeout=10)[1] and process.returncode == 130
+
+
+def test_a_signal_ends_an_evaluation_which_a_resumed_run_makes_up_for(inside, tmp_path):
+    """Its episodes have no end."""
+
+    class Interrupted(sac.SAC):
+        def act(self, observations, explore):
+            if not explore:
+                signal.raise_signal(signal.SIGTERM)
+            return super().act(observations, explore)
+
+    start = time.time()
+    arguments = ["--env-id", "Endless-v0", *FLAGS, "--eval-frequency", 40, "--total-timesteps", 60]
+    assert inside("sac", *arguments, agent=Interrupted).returncode == 143 and time.time() - start < 10
+    folder = run_folder(tmp_path)
+    assert load(folder)["step"] == 40 and not (folder / "evaluations.csv").exists()
+    assert inside("sac", "--resume", folder, "--env-id", "Scripted-v0").returncode == 0
+    assert [row[0] for row in evaluations(folder)] == [42, 60]
+
+
+def test_ctrl_c_while_an_environment_starts(inside, tmp_path):
+    process = inside("sac", "--env-id", "InterruptedReset-v0", *FLAGS, "--total-timesteps", 20)
+    assert process.returncode == 130 and load(run_folder(tmp_path))["step"] == 0
 
 
 # Closed pipes
@@ -187,11 +211,25 @@ def test_ctrl_c_ends_an_evaluation_without_a_traceback(start, inside, tmp_path):
 def test_stdout_closed(tmp_path):
     command = f"{sys.executable} {ROOT / 'sac.py'} {' '.join(WRITING)} --total-timesteps 200 | head -1"
     process = subprocess.run(command, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert "run folder" in process.stdout
+    assert "run folder" in process.stdout and "Traceback" not in process.stderr
     assert load(run_folder(tmp_path))["step"] == 200
 
 
-def test_stderr_closed(inside, monkeypatch, tmp_path):
+@pytest.mark.parametrize("redirection", ["2>&-", ">&-", ">&- 2>&-"])
+def test_a_stream_closed_from_the_start(tmp_path, redirection):
+    command = f"{sys.executable} {ROOT / 'sac.py'} {' '.join(WRITING)} --no-compile --total-timesteps 200 {redirection}"
+    process = subprocess.run(command, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert load(run_folder(tmp_path))["step"] == 200
+
+
+def test_a_full_standard_output_leaves_no_run_folder(tmp_path):
+    command = f"{sys.executable} {ROOT / 'sac.py'} {' '.join(WRITING)} --no-compile > /dev/full"
+    process = subprocess.run(command, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert process.returncode != 0 and not (tmp_path / "runs").exists()
+
+
+def test_a_pipe_to_a_viewer_that_is_left_after_a_while(inside, monkeypatch, tmp_path):
     class Closed(io.StringIO):
         """A pipe to a viewer that the user leaves after a while."""
 
@@ -205,6 +243,7 @@ def test_stderr_closed(inside, monkeypatch, tmp_path):
     with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
         patch.setattr("sys.stderr", Closed())
         inside("sac", *ENDLESS)
+    sac.tqdm.set_lock(threading.RLock())  # it did not release its own
     assert load(run_folder(tmp_path))["step"] >= 500
     goes_on(inside, run_folder(tmp_path))
 
@@ -242,6 +281,65 @@ def test_an_environment_that_can_not_start_leaves_no_run_folder(inside, monkeypa
     with pytest.raises(error, match=message):
         inside("sac", "--env-id", env_id, *FLAGS, "--num-envs", 3)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("env_id, status", [("Scripted-v0", 0), ("HugeReward-v0", 2)])
+def test_environments_are_closed(inside, monkeypatch, env_id, status):
+    monkeypatch.setattr(scripted.Scripted, "open", 0)
+    assert inside("sac", "--env-id", env_id, *FLAGS, "--total-timesteps", 130).returncode == status
+    assert scripted.Scripted.open == 0
+
+
+def test_an_environment_that_changes_the_directory(inside, tmp_path):
+    assert inside("sac", "--env-id", "Wandering-v0", *FLAGS, "--total-timesteps", 20).returncode == 0
+    assert load(run_folder(tmp_path))["step"] == 20
+
+
+def test_an_environment_that_knows_no_render_mode(inside):
+    assert inside("sac", "--env-id", "NoRenderMode-v0", *FLAGS, "--total-timesteps", 20).returncode == 0
+
+
+# Guests and strangers
+
+
+def test_main_outside_the_main_thread(inside, tmp_path):
+    thread = threading.Thread(target=inside, args=["sac", "--env-id", "Scripted-v0", *FLAGS, "--total-timesteps", 20])
+    thread.start()
+    thread.join()
+    assert load(run_folder(tmp_path))["step"] == 20
+
+
+def test_runs_that_start_in_the_same_second_have_their_own_folders(inside, tmp_path):
+    for _ in range(3):
+        assert inside("sac", "--env-id", "Scripted-v0", *FLAGS, "--total-timesteps", 10).returncode == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+@pytest.fixture
+def trained(inside, tmp_path):
+    """The folder of a run of 100 steps."""
+    inside("sac", "--env-id", "Scripted-v0", *FLAGS, "--total-timesteps", 100)
+    return run_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["args.json", "evaluations.csv", f"args.json.{os.getpid()}"])
+def test_links_in_a_strangers_folder_lead_nothing_astray(inside, trained, tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_bytes((trained / name).read_bytes() if (trained / name).exists() else b"")
+    before = victim.read_bytes()
+    (trained / name).unlink(missing_ok=True)
+    (trained / name).symlink_to(victim)
+    assert inside("sac", "--resume", trained, "--total-timesteps", 110).returncode == 0
+    assert victim.read_bytes() == before and len(evaluations(trained)) == 2
+
+
+def test_a_strangers_folder_starts_no_logging_and_no_evaluation(inside, monkeypatch, trained):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
+    arguments = json.loads((trained / "args.json").read_text())
+    strange = arguments | {"track": True, "wandb_entity": "somebody", "evaluate": str(trained)}
+    (trained / "args.json").write_text(json.dumps(strange))
+    assert inside("sac", "--resume", trained, "--total-timesteps", 110).returncode == 0
+    assert load(trained)["step"] == 110
 
 
 @pytest.mark.parametrize("flags", [["--evaluate"], ["--total-timesteps", 110, "--resume"]])

@@ -53,12 +53,28 @@ def test_scripts_import_nothing_from_this_repository(script):
 
 
 @each_rl_script
-def test_the_harness_is_the_same_text(script):
-    def harness(script):
-        (text,) = re.findall(r"^# ==== HARNESS: .*^# ==== END OF HARNESS .*?\n", source(script), re.M | re.S)
+@pytest.mark.parametrize("block", ["TOOLS: .*?^# ALGO LOGIC: the agent", "HARNESS: .*^# ==== END OF HARNESS"])
+def test_tools_and_harness_are_the_same_text(script, block):
+    def shared(script):
+        (text,) = re.findall(rf"^# ==== {block}", source(script), re.M | re.S)
         return text
 
-    assert harness(script) == harness("sdac")
+    assert shared(script) == shared("sdac")
+
+
+@each_script
+def test_nothing_is_used_before_it_stands_there(script):
+    """A file is read from the top: whatever a function, a class or a statement names stands above it."""
+    body = ast.parse(source(script)).body
+    defined = {}
+    for node in body:
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+        names += [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
+        defined |= {name: node.lineno for name in names}
+    assert len(defined) > 20
+    for node in body:
+        for name in (x for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Load)):
+            assert defined.get(name.id, 0) <= node.end_lineno, f"{name.id}, line {name.lineno}"
 
 
 @each_rl_script

@@ -15,6 +15,7 @@ QSM (T = 5, M_q = 50): the schedule, the mean of the critics' targets, a_t, the 
 eps_theta, the policy's loss, and all weights after the step.
 """
 
+import math
 from pathlib import Path
 from unittest import mock
 
@@ -94,8 +95,8 @@ class OfficialSDAC:
         load(self.agent.policy, official_layers(recorded, "before", SDAC_POLICY))
         load(self.agent.ema_policy, official_layers(recorded, "before", SDAC_POLICY))
         load(self.agent.critics, official_twins(recorded, "before/q1", "before/q2", SDAC_CRITIC))
-        load(self.agent.ema_critics, official_twins(recorded, "before/target_q1", "before/target_q2", SDAC_CRITIC))
-        self.agent.log_lambda.data.copy_(recorded["log_alpha_before"])
+        load(self.agent.target_critics, official_twins(recorded, "before/target_q1", "before/target_q2", SDAC_CRITIC))
+        self.agent.log_lambda.data.copy_(recorded["log_alpha_before"] - math.log(5))  # lambda is alpha/5
         self.batch = sdac.Batch(*(recorded[key] for key in ("obs", "action", "next_obs", "reward", "done")))
         no_exploration = torch.zeros(len(recorded["obs"]), action_dim)
         self.target_noise = [*self.sampling("next"), no_exploration]
@@ -153,11 +154,11 @@ def test_sdac_update():
     with pairs.replayed(*official.target_noise, *official.proposal_noise, *official.reverse_noise):
         metrics = agent.update(official.batch)
     assert_close(metrics["qf1_loss"], recorded["q1_loss"])
-    assert_close(agent.log_lambda, recorded["log_alpha_after"], 1e-7)
+    assert_close(agent.log_lambda, recorded["log_alpha_after"] - math.log(5), 1e-7)
     twins = official_twins(recorded, "after/q1", "after/q2", SDAC_CRITIC)
     assert_same_layers(agent.critics, twins, 1e-7)
     averages = official_twins(recorded, "after/target_q1", "after/target_q2", SDAC_CRITIC)
-    assert_same_layers(agent.ema_critics, averages, 5e-7)
+    assert_same_layers(agent.target_critics, averages, 5e-7)
 
 
 # QSM

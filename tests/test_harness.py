@@ -1,6 +1,7 @@
 """The harness on scripted environments. It is the same text in all RL scripts (`test_files.py` compares it), so what
 needs no command line is tested once, in this process and not compiled, mostly through sac.py."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -162,9 +163,23 @@ def test_evaluating_more_often_changes_nothing_in_the_training(train, script):
     assert equal(rare, often)
 
 
+def test_evaluation_leaves_the_generators_of_other_devices_alone(monkeypatch):
+    forked = []
+
+    @contextlib.contextmanager
+    def fork_rng(devices):
+        forked.append(devices)
+        yield
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    args = sac.Args(env_id="Scripted-v0", eval_episodes=1)
+    sac.evaluate(Still(3, 2, args), args, CPU, [], None, "")
+    assert forked == [[]]
+
+
 def test_what_follows_an_evaluated_episode_does_not_count():
     args = sac.Args(env_id="NanLater-v0", eval_episodes=3)
-    assert np.isfinite(sac.evaluate(Still(3, 2, args), args, CPU, None, "")).all()
+    assert np.isfinite(sac.evaluate(Still(3, 2, args), args, CPU, [], None, "")).all()
     episodes = [episode for _, episode, *_ in scripted.Scripted.log]
     assert max(episodes) > 0  # some went on while others were running
 
@@ -312,6 +327,66 @@ def test_the_policy_file_acts_as_the_trained_agent_in_five_lines(train, script):
     assert not equal(agent.state_dict(), Agent(obs_dim, action_dim, args).state_dict())
 
 
+# Promises to agents
+
+
+def test_every_parameter_group_of_an_optimizer_is_trained():
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b], "lr": 0.5}], lr=0.1)
+    with torch.compiler.set_stance("force_eager"):
+        sac.minimize(optimizer, lambda: ((a + 2 * b).sum(), {}))
+    assert a.tolist() == pytest.approx([0.9, 0.9]) and b.tolist() == [0, 0]
+
+
+def test_metrics_may_have_any_name(train):
+    class Counting(sac.SAC):
+        def update(self, batch):
+            return super().update(batch) | {"step": torch.tensor(1.0), "when": torch.tensor(2.0)}
+
+    train("run", "--updates-per-step 10", agent=Counting)
+
+
+# Checkpoints and the bar
+
+
+def test_each_checkpoint_is_written_once(train, monkeypatch):
+    written = []
+
+    def write(path, content, write=sac.write):
+        written.append(path.name)
+        write(path, content)
+
+    monkeypatch.setattr(sac, "write", write)
+    train("run")
+    assert written.count("checkpoint.pt") == 3  # after 30, 60 and 90 steps
+
+
+def test_a_resumed_run_does_not_keep_the_old_checkpoint_mapped(inside, train):
+    folder, mapped = train("run"), []
+
+    class Spy(sac.SAC):
+        def update(self, batch):
+            with open("/proc/self/maps") as file:
+                mapped.extend(line for line in file if "checkpoint.pt" in line)
+            return super().update(batch)
+
+    assert inside("sac", "--resume", folder, "--total-timesteps", 120, agent=Spy).returncode == 0
+    assert not mapped
+
+
+def test_the_time_left_is_counted_from_the_first_update(train, monkeypatch):
+    bars = []
+
+    class Bar(sac.tqdm):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            bars.append(self)
+
+    monkeypatch.setattr(sac, "tqdm", Bar)
+    train("run")
+    assert bars[0].initial == 33 and bars[0].n == 90
+
+
 # Numbers that are not finite
 
 
@@ -328,6 +403,12 @@ def test_an_environment_that_is_not_finite_stops_the_run(inside, train, env_id, 
     assert all(column.isfinite().all() for column in checkpoint["buffer"]["columns"])
     assert len(checkpoint["buffer"]["columns"][0]) == 177
     assert inside("sac", "--resume", folder, "--total-timesteps", checkpoint["step"] + 30).returncode == 0
+
+
+def test_an_evaluation_that_is_not_finite_is_refused(inside, train):
+    folder = train("run", "--total-timesteps 30")
+    process = inside("sac", "--evaluate", folder, "--env-id", "NanReward-v0", "--seed", 60)
+    assert process.returncode == 2 and "evaluation is NaN or infinite" in process.stderr
 
 
 def test_a_nan_loss_stops_the_run(inside, train):

@@ -10,9 +10,12 @@ import pairs
 import pytest
 import reference
 import torch
-from pairs import eager_float64, random_batch, scatter  # noqa: F401
+from pairs import random_batch, scatter
 
 import qsm
+import sdac
+
+pytestmark = pytest.mark.usefixtures("eager_float64")
 
 T = 5
 
@@ -71,7 +74,7 @@ def test_the_target_moves_samples_up_the_critic():
         policy = SimpleNamespace(  # one that answers the target, whatever the state
             state_layer=lambda observations: 0,
             action_layer=lambda a_t: a_t,
-            time_shares=lambda: torch.zeros(T, 1),
+            time_share=lambda t: torch.zeros(T, 1),
             trunk=lambda a_t: sign * regression_target(quadratics(mu, mu), a_t, scale=3.0),
         )
         actions = qsm.denoise(policy, qsm.Schedule(T), None, torch.randn(4000, 2), torch.randn(T, 4000, 2))
@@ -117,19 +120,29 @@ def test_acting_equals_the_oracle(explore):
     pairs.assert_same_actions(agent, oracle, torch.randn(9, 4), explore)
 
 
+def test_actions_are_memory_of_their_own():
+    """A compiled function's result on CUDA is overwritten by its next call."""
+    agent, result = make()[0], torch.rand(9, 2)
+    with mock.patch.object(qsm, "denoise", lambda *arguments: result.normal_().clamp_(-1, 1)):
+        first = agent.act(torch.randn(9, 4), explore=False)
+        kept = first.clone()
+        agent.act(torch.randn(9, 4), explore=False)
+    assert torch.equal(first, kept)
+
+
 def test_initial_weights():
     policy = qsm.Policy(100, 20, 512, T)
     first = torch.cat([policy.action_layer.weight, policy.state_layer.weight, policy.time_layers[3].weight])
     for weight in (first, *qsm.Critics(100, 20, 512).net[0].weight):
         assert weight.abs().max().item() == pytest.approx(math.sqrt(6 / sum(weight.shape)), rel=1e-3)  # Xavier
     assert first.shape == (248, 512)
-    assert qsm.Policy(3, 2, 8, T, time_dim=20_000).frequencies.std().item() == pytest.approx(0.2, rel=0.03)
+    assert qsm.Policy(3, 2, 8, T, time_dim=100_000).frequencies.std().item() == pytest.approx(0.2, rel=0.03)
 
 
 # The bias, and that RSSM does not have it
 
 
-WEIGHTS, MEANS, STDS = torch.tensor([0.3, 0.7]), torch.tensor([-0.6, 0.5]), torch.tensor([0.15, 0.25])
+WEIGHTS, MEANS, STDS = torch.tensor([0.3, 0.7]), torch.tensor([-0.5, 0.4]), torch.tensor([0.1, 0.09])
 
 
 def mixtures(observations, actions):
@@ -146,9 +159,19 @@ def exact_noise(a_t, signal, noise):
     return -noise * torch.autograd.grad(log_p.sum(), a_t)[0]
 
 
+def rssm_target(schedule, a_t, t, m=100_000):
+    """The target of sdac.py on this schedule, with quantiles for random reverse samples: sums are integrals."""
+    agent = sdac.SDAC(1, 1, sdac.Args(hidden_size=1, num_reverse_samples=m, temperature=1.0))
+    agent.schedule.sqrt_abar, agent.schedule.reverse_std = schedule.sqrt_abar, schedule.sqrt_1m_abar / schedule.sqrt_abar
+    quantiles = torch.special.ndtri((torch.arange(m) + 0.5) / m)[None, :, None].expand(len(a_t), -1, -1)
+    values = lambda observations, actions: mixtures(None, actions.reshape(-1, 1))[0].view(len(actions), -1)  # noqa: E731
+    with mock.patch.object(agent, "values", values), pairs.replayed(quantiles):
+        return agent.reverse_sampling(qsm.Batch(*[None] * 5), a_t, torch.full((len(a_t),), t))[0]
+
+
 def relative_errors(t, steps=100):
     """Errors of QSM's and of RSSM's target at noised samples of the mixture, over the size of the exact one."""
-    schedule, n = qsm.Schedule(steps), 2000
+    schedule, n = qsm.Schedule(steps), 100
     signal, noise = schedule.sqrt_abar[t], schedule.sqrt_1m_abar[t]
     component = torch.multinomial(WEIGHTS, n, replacement=True)
     a_0 = (MEANS[component] + STDS[component] * torch.randn(n))[:, None]
@@ -156,18 +179,13 @@ def relative_errors(t, steps=100):
     exact = exact_noise(a_t, signal, noise)
     target = regression_target(mixtures, a_t, scale=1.0)
     target = target * (target * exact).sum() / (target * target).sum()  # QSM gets the M_q that fits best at this t
-    # RSSM: reverse samples on a grid wide enough for the mixture, weighed with N(eps; 0, 1) exp(Q)
-    grid = torch.linspace(-2.5, 2.5, 5001)[None]
-    eps = (a_t / signal - grid) / (noise / signal)
-    log_weights = mixtures(None, grid.reshape(-1, 1))[:1] - eps**2 / 2
-    rssm = (torch.softmax(log_weights, dim=1) * eps).sum(1, keepdim=True)
-    return [((x - exact).norm() / exact.norm()).item() for x in (target, rssm)]
+    return [((x - exact).norm() / exact.norm()).item() for x in (target, rssm_target(schedule, a_t, t))]
 
 
 def test_qsm_is_biased_on_a_mixture_at_large_t_and_rssm_is_not():
     errors = {t: relative_errors(t) for t in (0, 5, 15, 40, 99)}
     print([f"t={t}: QSM {q:.3f}, RSSM {r:.1e}" for t, (q, r) in errors.items()])
-    assert all(r < 1e-6 for _, r in errors.values())
+    assert all(r < 1e-3 for _, r in errors.values())
     assert errors[0][0] < 0.1  # a little noise does little harm
     assert min(errors[t][0] for t in (40, 99)) > 0.4  # later a good part of the target is wrong, with the best M_q
 

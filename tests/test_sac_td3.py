@@ -7,10 +7,12 @@ from unittest import mock
 import pairs
 import pytest
 import torch
-from pairs import eager_float64, random_batch, scatter  # noqa: F401
+from pairs import random_batch, scatter
 
 import sac
 import td3
+
+pytestmark = pytest.mark.usefixtures("eager_float64")
 
 # SAC
 

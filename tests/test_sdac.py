@@ -10,9 +10,11 @@ import pairs
 import pytest
 import reference
 import torch
-from pairs import eager_float64, random_batch, scatter  # noqa: F401
+from pairs import random_batch, scatter
 
 import sdac
+
+pytestmark = pytest.mark.usefixtures("eager_float64")
 
 T = 20
 
@@ -26,7 +28,7 @@ def make(**changes):
     """A small agent whose averages differ from the online networks, and its oracle."""
     sizes = dict(hidden_size=16, num_particles=3, num_reverse_samples=5, diffusion_steps=6)
     agent = sdac.SDAC(4, 2, sdac.Args(**{**sizes, "lambda_frequency": 3, "tau": 0.1, **changes}))
-    scatter(agent.ema_policy, agent.ema_critics)
+    scatter(agent.ema_policy, agent.target_critics)
     return agent, pairs.oracle(agent)
 
 
@@ -299,7 +301,7 @@ def test_random_numbers_are_standard(bounded):
 
 @pytest.mark.parametrize("explore", [True, False])
 def test_acting_equals_the_oracle_with_the_moving_average_policy(explore):
-    agent, oracle = make(target_particles=1, noise_scale=0.3)
+    agent, oracle = make(target_particles=1, exploration_noise=0.3)
     pairs.assert_same_actions(agent, oracle, torch.randn(9, 4), explore)
 
 
@@ -319,8 +321,8 @@ def test_best_of_n_keeps_the_particle_with_the_largest_min_q(n):
 
 
 def test_lambda_falls_while_the_entropy_of_the_exploration_noise_is_above_its_target():
-    agent, _ = make(noise_scale=0.1)
-    balance = 10 * math.exp(-0.9) / math.sqrt(2 * math.pi * math.e)  # where the entropy is -0.9 per dimension
+    agent, _ = make(temperature=0.2, exploration_noise=0.1)
+    balance = 2 * math.exp(-0.9) / math.sqrt(2 * math.pi * math.e)  # where the entropy is -0.9 per dimension
     for factor in (0.1, 1.0, 2.0):
         agent.log_lambda.data.fill_(math.log(factor * balance))
         loss, _ = agent.lambda_loss()

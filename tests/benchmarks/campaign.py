@@ -56,7 +56,7 @@ PROFILES = {
             "sdac-N4": f"{CHEAP} --num-particles 4",
             "sdac-target4": f"{CHEAP} --target-particles 4",
             "sdac-unbounded": f"{CHEAP} --no-bounded-reverse-sampling",
-            "sdac-noise002": f"{CHEAP} --noise-scale 0.02",
+            "sdac-noise002": f"{CHEAP} --exploration-noise 0.1",
             "sac": "",
             "qsm-q5": "--q-gradient-scale 5",
             "qsm-q50": "--q-gradient-scale 50",
@@ -80,7 +80,7 @@ PROFILES = {
         "flags": "--num-envs 1 --total-timesteps 12000 --learning-starts 1000 --hidden-size 64 --batch-size 128"
         " --tau 0.02 --eval-frequency 1000 --eval-episodes 10 --checkpoint-frequency 4000 --device cpu",
         "agents": {
-            "sdac": "--proposal replay --target-particles 1 --temperature 0.01 --noise-scale 0.03 --diffusion-steps 10"
+            "sdac": "--proposal replay --target-particles 1 --temperature 0.01 --exploration-noise 0.15 --diffusion-steps 10"
             " --num-particles 8 --num-reverse-samples 32 --q-lr 1e-3 --policy-lr 1e-3",
             "qsm": "--q-gradient-scale 0.5 --q-lr 1e-3 --policy-lr 1e-3",
             "sac": "--q-lr 1e-3 --policy-lr 1e-3",
