@@ -37,60 +37,47 @@ Usage:
 
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "tyro==1.0.17",
-#     "pydantic==2.14.3",
-#     "matplotlib==3.11.2",
-# ]
+# dependencies = ["torch==2.13.0", "tyro==1.0.17", "pydantic==2.14.3", "matplotlib==3.11.2"]
 # ///
 from __future__ import annotations
 
-import csv
 import json
 import math
 import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
 
 Count = Annotated[int, Field(ge=1)]
 Method = Literal["rssm", "dsm", "idem", "langevin", "fab", "qsm"]
 
 
-@dataclass
+@dataclass(config={"extra": "forbid"})
 class Args:
-    target: Literal["gmm", "moons", "rings"] = "gmm"
-    """density to sample"""
-    methods: Annotated[tuple[Method, ...], Field(min_length=1)] = ("rssm",)
-    """one or more of rssm, dsm, idem, langevin, fab, qsm"""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
-    """seed of everything random"""
-    samples: Count = 50_000
-    """samples drawn from each method for the metrics"""
-    iterations: Count = 2500
-    """gradient steps of rssm, dsm and qsm"""
-    batch_size: Count = 256
-    """noised points in each of them"""
-    num_reverse_samples: Count = 256
-    """M of rssm"""
-    diffusion_steps: Annotated[int, Field(ge=2)] = 100
-    """denoising steps T, of idem too"""
-    hidden_size: Count = 128
-    """width of the three hidden layers of the score networks"""
+    target: Literal["gmm", "moons", "rings"] = "gmm"  # density to sample
+    methods: Annotated[tuple[Method, ...], Field(min_length=1)] = ("rssm",)  # one or more of the six above
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # seed of everything random
+    samples: Count = 50_000  # samples drawn from each method for the metrics
+    iterations: Count = 2500  # gradient steps of rssm, dsm and qsm
+    batch_size: Count = 256  # noised points in each of them
+    num_reverse_samples: Count = 256  # M of rssm
+    diffusion_steps: Annotated[int, Field(ge=2)] = 100  # denoising steps T, of idem too
+    hidden_size: Count = 128  # width of the three hidden layers of the score networks
+
+
+SHOWN_NOISE = 0.16  # standard deviation of the noise, sqrt(1/abar_t - 1), at which the pictures show scores
 
 
 # Densities ------------------------------------------------------------------------------------------
@@ -263,7 +250,7 @@ def denoise(network: ScoreNetwork, schedule: Schedule, n: int) -> Tensor:
 
 def train_score(args: Args, draw: Callable) -> tuple[Tensor, Callable]:
     """Fit eps_theta to draw(schedule, t) -> a_t and regression target, both (batch, 2). Returns samples, and the score
-    at a noise of about 0.16 as a function (n, 2) -> (n, 2)."""
+    at SHOWN_NOISE as a function (n, 2) -> (n, 2)."""
     network, schedule, steps = ScoreNetwork(args.hidden_size), Schedule(args.diffusion_steps), args.diffusion_steps
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.iterations)
@@ -275,12 +262,13 @@ def train_score(args: Args, draw: Callable) -> tuple[Tensor, Callable]:
         loss.backward()
         optimizer.step()
         decay.step()
+    shown = int((schedule.reverse_std - SHOWN_NOISE).abs().argmin())
 
-    def score(a: Tensor, t: int = int(0.4 * steps)) -> Tensor:
+    def score(a: Tensor, t: int = shown) -> Tensor:
         return -network(a, torch.full((len(a), 1), (t + 1) / steps)) / schedule.sqrt_1m_abar[t]
 
-    parts = torch.arange(args.samples).split(10_000)
-    return torch.cat([denoise(network, schedule, len(part)) for part in parts]), score
+    chunks = torch.arange(args.samples).split(10_000)
+    return torch.cat([denoise(network, schedule, len(chunk)) for chunk in chunks]), score
 
 
 def run_rssm(target: Target, args: Args) -> tuple[Tensor, Callable]:
@@ -327,8 +315,12 @@ def run_idem(
     network = ScoreNetwork(args.hidden_size)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, outer * inner)
-    sigma_at = lambda u: sigma_min * (sigma_max / sigma_min) ** u  # noqa: E731
-    score = lambda x, u: network(x / (1 + sigma_at(u) ** 2).sqrt(), u) / sigma_at(u)  # noqa: E731
+
+    def sigma_at(u: Tensor) -> Tensor:
+        return sigma_min * (sigma_max / sigma_min) ** u
+
+    def score(x: Tensor, u: Tensor) -> Tensor:
+        return network(x / (1 + sigma_at(u) ** 2).sqrt(), u) / sigma_at(u)
 
     @torch.no_grad()
     def sample(n: int) -> Tensor:
@@ -354,8 +346,8 @@ def run_idem(
             loss.backward()
             optimizer.step()
             decay.step()
-    u = math.log(0.16 / sigma_min) / math.log(sigma_max / sigma_min)  # the noise at which the others are shown
-    samples = torch.cat([sample(len(part)) for part in torch.arange(args.samples).split(10_000)])
+    u = math.log(SHOWN_NOISE / sigma_min) / math.log(sigma_max / sigma_min)
+    samples = torch.cat([sample(len(chunk)) for chunk in torch.arange(args.samples).split(10_000)])
     return samples, lambda a: score(a, torch.full((len(a), 1), u))
 
 
@@ -414,33 +406,44 @@ class RealNVP(nn.Module):
         return -2 * (z**2).sum(1) - math.log(2 * math.pi * 0.25) + log_slope
 
 
+class Densities(NamedTuple):
+    log_q: Tensor  # (n,)
+    grad_q: Tensor  # (n, 2)
+    log_f: Tensor
+    grad_f: Tensor
+
+
 @torch.no_grad()
-def annealed_importance_sampling(a: Tensor, densities, betas: list[float], step: float, leapfrogs: int = 2):
+def annealed_importance_sampling(a: Tensor, densities: Callable, betas: list[float], step: float, leapfrogs: int = 2):
     """Move samples a (n, 2) of q towards f by Hamiltonian Monte Carlo on q^{1-beta} f^beta, beta along `betas`, 1 last.
 
-    `densities(a)` gives log q, ∇log q, log f, ∇log f. Returns the moved samples, log weights (n,) whose mean weight
+    `densities(a)` gives their `Densities`. Returns the moved samples, log weights (n,) whose mean weight
     is the unbiased estimate of ∫f, and the mean acceptance rate.
     """
+
+    def log_density(state: Densities, beta: float) -> Tensor:
+        return (1 - beta) * state.log_q + beta * state.log_f
+
+    def force(state: Densities, beta: float) -> Tensor:
+        return (1 - beta) * state.grad_q + beta * state.grad_f
+
     state, log_w, accepted, before = densities(a), torch.zeros(len(a)), [], 0.0
     for beta in betas:
-        log_w, before = log_w + (beta - before) * (state[2] - state[0]), beta
+        log_w, before = log_w + (beta - before) * (state.log_f - state.log_q), beta
         if beta == 1:
             break
-        log_density = lambda s: (1 - beta) * s[0] + beta * s[2]  # noqa: E731, B023
-        force = lambda s: (1 - beta) * s[1] + beta * s[3]  # noqa: E731, B023
         momentum = torch.randn_like(a)
         new_a, new_state, p = a, state, momentum
         for _ in range(leapfrogs):
-            p = p + step / 2 * force(new_state)
+            p = p + step / 2 * force(new_state, beta)
             new_a = new_a + step * p
             new_state = densities(new_a)
-            p = p + step / 2 * force(new_state)
-        log_ratio = log_density(new_state) - log_density(state) + (momentum**2 - p**2).sum(1) / 2
+            p = p + step / 2 * force(new_state, beta)
+        log_ratio = log_density(new_state, beta) - log_density(state, beta) + (momentum**2 - p**2).sum(1) / 2
         accept = torch.rand(len(a)).log() < log_ratio
         a = torch.where(accept[:, None], new_a, a)
-        state = tuple(
-            torch.where(accept if new.dim() == 1 else accept[:, None], new, old) for new, old in zip(new_state, state)
-        )
+        mask = accept, accept[:, None], accept, accept[:, None]
+        state = Densities(*(torch.where(m, new, old) for m, new, old in zip(mask, new_state, state)))
         accepted.append(accept.float().mean().item())
     return a, log_w, sum(accepted) / max(len(accepted), 1)
 
@@ -457,10 +460,10 @@ def run_fab(target: Target, args: Args, iterations=1200, batch=512, intermediate
             log_q = flow.log_prob(a)
             return log_q.detach(), torch.autograd.grad(log_q.sum(), a)[0]
 
-    def densities(a: Tensor) -> tuple[Tensor, ...]:
+    def densities(a: Tensor) -> Densities:
         """q and pi^2 / q, the target of the alpha = 2 divergence."""
         (log_q, grad_q), (energy, gradient) = flow_score(a), target.energy_gradient(a)
-        return log_q, grad_q, -2 * energy - log_q, -2 * gradient - grad_q
+        return Densities(log_q, grad_q, -2 * energy - log_q, -2 * gradient - grad_q)
 
     for _ in range(iterations):
         with torch.no_grad():
@@ -475,6 +478,23 @@ def run_fab(target: Target, args: Args, iterations=1200, batch=512, intermediate
         decay.step()
     with torch.no_grad():
         return flow.sample(args.samples), lambda a: flow_score(a)[1]
+
+
+class Sampler(NamedTuple):
+    name: str  # in pictures
+    score: str  # what its score field is; empty if it learns none
+    run: Callable  # run(target, args) gives samples and score
+
+
+LEARNED_SCORE = f"score at noise {SHOWN_NOISE}"
+METHODS = {
+    "rssm": Sampler("RSSM", LEARNED_SCORE, run_rssm),
+    "dsm": Sampler("DSM (true samples)", LEARNED_SCORE, run_dsm),
+    "idem": Sampler("iDEM", LEARNED_SCORE, run_idem),
+    "langevin": Sampler("Langevin", "", run_langevin),
+    "fab": Sampler("FAB", "score of the flow", run_fab),
+    "qsm": Sampler("QSM", LEARNED_SCORE, run_qsm),
+}
 
 
 # Metrics, picture, program --------------------------------------------------------------------------
@@ -519,8 +539,8 @@ def draw_picture(path: Path, target: Target, name: str, results: dict) -> None:
             axis.contour(x, x, density, levels=levels, colors="tab:gray", linewidths=0.6)
             axis.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
         top.scatter(*samples[:4000].T, s=1.5, alpha=0.35, color="tab:blue", linewidths=0, rasterized=True)
-        top.set_title(f"{METHODS[method][0]}: KL {row['kl']:.3f}", fontsize=11)
-        bottom.set_title("no learned score" if score is None else METHODS[method][1], fontsize=9)
+        top.set_title(f"{METHODS[method].name}: KL {row['kl']:.3f}", fontsize=11)
+        bottom.set_title("no learned score" if score is None else METHODS[method].score, fontsize=9)
         if score is not None:
             coarse = torch.linspace(-1.05, 1.05, 22)
             where = torch.stack(torch.meshgrid(coarse, coarse, indexing="xy"), dim=-1).reshape(-1, 2)
@@ -533,51 +553,31 @@ def draw_picture(path: Path, target: Target, name: str, results: dict) -> None:
     plt.close(fig)
 
 
-METHODS = {  # name in pictures, what its score field is, how it samples
-    "rssm": ("RSSM", "score at noise 0.16", run_rssm),
-    "dsm": ("DSM (true samples)", "score at noise 0.16", run_dsm),
-    "idem": ("iDEM", "score at noise 0.16", run_idem),
-    "langevin": ("Langevin", "", run_langevin),
-    "fab": ("FAB", "score of the flow", run_fab),
-    "qsm": ("QSM", "score at noise 0.16", run_qsm),
-}
-
-
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def main() -> None:
-    paragraphs = __doc__.split("\n\n")
-    args = tyro.cli(Args, description="\n\n".join([*paragraphs[:2], paragraphs[-1]]))
+    args = tyro.cli(Args)
     folder = Path("runs", f"toy_{args.target}__{args.seed}__{int(time.time())}")
     folder.mkdir(parents=True)
     (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
     masses, results = cell_masses(make_target(args.target).log_prob), {}
 
+    def peak_mb() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
     def row(method: str, target: Target, samples: Tensor, seconds: float, memory: float) -> dict:
-        return {
-            "method": method,
-            "kl": grid_kl(masses, samples),
-            "mode_error": mode_error(target, samples),
-            "energies": target.energies,
-            "gradients": target.gradients,
-            "seconds": round(seconds, 1),
-            "peak_mb": round(memory),
-        }
+        result = {"method": method, "kl": grid_kl(masses, samples), "mode_error": mode_error(target, samples)}
+        result |= {"energies": target.energies, "gradients": target.gradients}
+        return result | {"seconds": round(seconds, 1), "peak_mb": round(memory)}
 
     for method in dict.fromkeys(args.methods):
         print(f"{method} ...", flush=True)
         torch.manual_seed(args.seed)
         target, start, memory = make_target(args.target), time.time(), peak_mb()
-        samples, score = METHODS[method][2](target, args)
+        samples, score = METHODS[method].run(target, args)
         results[method] = samples, score, row(method, target, samples, time.time() - start, peak_mb() - memory)
     target = make_target(args.target)
     rows = [result[2] for result in results.values()] + [row("true", target, target.sample(args.samples), 0.0, 0.0)]
-    with open(folder / "metrics.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
+    table = [rows[0], *(row.values() for row in rows)]
+    (folder / "metrics.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in table))
     draw_picture(folder / "picture.png", target, args.target, results)
 
     print(f"\n{'method':<10}{'kl':>8}{'mode error':>12}{'energies':>14}{'gradients':>13}{'seconds':>9}{'peak MB':>9}")

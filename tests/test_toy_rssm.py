@@ -186,7 +186,7 @@ def test_ais_weights_are_unbiased():
 
     def densities(a):
         log_q = -2 * (a**2).sum(1) - math.log(2 * math.pi * 0.25)
-        return log_q, -4 * a, math.log(3.7) - ((a - m) ** 2).sum(1) / 0.18, -(a - m) / 0.09
+        return toy.Densities(log_q, -4 * a, math.log(3.7) - ((a - m) ** 2).sum(1) / 0.18, -(a - m) / 0.09)
 
     for betas in ([1.0], [0.25, 0.5, 0.75, 1.0]):
         _, log_w, acceptance = toy.annealed_importance_sampling(0.5 * torch.randn(n, 2), densities, betas, 0.15)
@@ -199,7 +199,7 @@ def test_ais_weights_are_unbiased():
 
 def test_ais_moves_samples_towards_its_end():
     def densities(a):
-        return -2 * (a**2).sum(1), -4 * a, -((a - 0.8) ** 2).sum(1) / 0.02, -(a - 0.8) / 0.01
+        return toy.Densities(-2 * (a**2).sum(1), -4 * a, -((a - 0.8) ** 2).sum(1) / 0.02, -(a - 0.8) / 0.01)
 
     a, log_w, _ = toy.annealed_importance_sampling(
         0.5 * torch.randn(20_000, 2), densities, [i / 10 for i in range(1, 11)], 0.1
