@@ -5,12 +5,15 @@ import contextlib
 import importlib
 import json
 import math
+import re
+import sys
 
 import numpy as np
 import pytest
 import scripted
 import torch
-from conftest import RL_SCRIPTS, SMALL, equal, evaluations, load, run_folder
+import tyro
+from conftest import RL_SCRIPTS, ROOT, SMALL, equal, evaluations, load, run_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sac
@@ -301,9 +304,40 @@ def test_rows_after_the_checkpoint_are_forgotten(inside, train):
     assert [row[0] for row in evaluations(folder)] == [30, 60, 90]
 
 
+def blocks(language):
+    """The code blocks of the README in this language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
+def test_the_five_lines_of_the_readme(train):
+    """As they stand there, but for the folder's name; HalfCheetah-v4 has the dimensions in them."""
+    folder = train("run", env_id="HalfCheetah-v4")
+    (lines,) = [block for block in blocks("python") if "load_state_dict" in block]
+    names = {}
+    exec(lines.replace("runs/RUN_FOLDER", str(folder)), names)
+    assert names["actions"].shape == (1, 6)
+    assert equal(names["agent"].state_dict(), torch.load(folder / "policy.pt", weights_only=True))
+
+
+def test_the_changed_agent_of_the_readme(monkeypatch, tmp_path):
+    (lines,) = [block for block in blocks("python") if "class Cautious" in block]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["td3.py", "--no-compile", "--env-id", "Scripted-v0", *FLAGS])
+    names = {}
+    exec(lines, names)
+    assert load(run_folder(tmp_path))["updates"] == 20
+
+
+def test_the_commands_of_the_readme_are_understood():
+    text = "".join(block.replace("\\\n", "") for block in blocks(""))
+    commands = [line.split() for line in text.splitlines() if re.match(r"python \w+\.py", line)]
+    assert len(commands) >= 6
+    for _, script, *flags in commands:
+        tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
+
+
 @pytest.mark.parametrize("script", RL_SCRIPTS)
-def test_the_policy_file_acts_as_the_trained_agent_in_five_lines(train, script):
-    """The README's five lines."""
+def test_the_policy_file_acts_as_the_trained_agent(train, script):
     module, trained = importlib.import_module(script), []
 
     class Spy(getattr(module, RL_SCRIPTS[script])):
@@ -314,17 +348,15 @@ def test_the_policy_file_acts_as_the_trained_agent_in_five_lines(train, script):
     folder = train("run", script=script, agent=Spy)
     assert (folder / "policy.pt").stat().st_size < (folder / "checkpoint.pt").stat().st_size
 
-    Args, Agent, obs_dim, action_dim = module.Args, getattr(module, RL_SCRIPTS[script]), 3, 2
-    args = Args(**json.load(open(folder / "args.json")))
-    agent = Agent(obs_dim, action_dim, args)
+    Agent, args = getattr(module, RL_SCRIPTS[script]), module.Args(**json.loads((folder / "args.json").read_text()))
+    agent = Agent(3, 2, args)
     agent.load_state_dict(torch.load(folder / "policy.pt", weights_only=True))
-
     observations = torch.tensor([[0.0, 1.0, 2.0], [3.0, 2.0, 1.0]])
     torch.manual_seed(0)
     expected = trained[0].act(observations, explore=False)
     torch.manual_seed(0)
     assert torch.equal(agent.act(observations, explore=False), expected)
-    assert not equal(agent.state_dict(), Agent(obs_dim, action_dim, args).state_dict())
+    assert not equal(agent.state_dict(), Agent(3, 2, args).state_dict())
 
 
 # Promises to agents

@@ -214,11 +214,11 @@ def load(profile):
 
 def mean_and_std(values):
     mean = sum(values) / len(values)
-    return mean, (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
+    return mean, (sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)) ** 0.5
 
 
 def in_words(values):
-    """Mean ± standard deviation (number of seeds)."""
+    """Mean ± standard deviation of a seed, with n - 1, (number of seeds)."""
     mean, std = mean_and_std(values)
     digits = 0 if abs(mean) >= 100 else 1
     return f"{mean:.{digits}f} ± {std:.{digits}f} ({len(values)})" if len(values) > 1 else f"{mean:.{digits}f} (1)"

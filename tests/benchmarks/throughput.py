@@ -147,7 +147,7 @@ def start(script, task, device):
 
 def sdac_gflop(obs_dim, d, args):
     """Arithmetic of one SDAC update after the exact savings of its docstring, averaged over the policy's delay."""
-    b, n, m, h, steps = args.batch_size, args.num_particles, args.num_reverse_samples, args.hidden_size, 20
+    b, n, m, h, steps = args.batch_size, args.num_particles, args.num_reverse_samples, args.hidden_size, args.diffusion_steps
     policy, critic = 2 * (d * h + 2 * h * h + h * d), 2 * (d * h + 2 * h * h + h)  # per row, without the state's share
     state = 2 * obs_dim * h  # per state
     sampling = b * state + b * n * steps * policy + 2 * (b * state + b * n * critic)
