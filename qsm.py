@@ -79,23 +79,23 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Args:
     exp_name: Annotated[str, Field(pattern="^[^/]+$")] = "qsm"  # name of the experiment, part of the run folder's name
     env_id: str = "HalfCheetah-v4"  # gymnasium id; `module:id` imports the module first
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # seed of everything random
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks live; auto takes CUDA if there is one
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # seed of all random number generators
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # device of the networks; auto uses CUDA if available
     compile: bool = True  # use torch.compile, which needs a C++ compiler, or Triton on CUDA
     total_timesteps: Count = 1_000_000  # environment steps of the whole run, summed over the environments
-    num_envs: Count = 1  # environments that step together
+    num_envs: Count = 1  # parallel environments
     updates_per_step: Count = 1  # updates after each step of all environments together
     learning_starts: Annotated[int, Field(ge=0)] = 10_000  # environment steps of random actions before the first update
     buffer_size: Count = 1_000_000  # transitions that the replay buffer holds
-    batch_size: Count = 256  # transitions in each update
+    batch_size: Count = 256  # transitions per update
     eval_frequency: Count = 10_000  # environment steps between evaluations
-    eval_episodes: Count = 20  # episodes of an evaluation, played in parallel
+    eval_episodes: Count = 20  # episodes per evaluation, played in parallel
     checkpoint_frequency: Count = 50_000  # environment steps between checkpoints
     capture_video: bool = False  # record the first episode of each evaluation in the run folder's `videos`
-    track: bool = False  # send the curves to Weights & Biases too
+    track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "diffusion-policy-online-rl"  # W&B project
     wandb_entity: str | None = None  # W&B team or user
-    resume: str | None = None  # run folder to go on in; its saved arguments apply unless overridden
+    resume: str | None = None  # run folder to resume; its saved arguments apply unless overridden
     evaluate: str | None = None  # run folder whose policy plays `--eval-episodes` episodes, instead of training
 
     # Algorithm specific arguments
@@ -228,9 +228,7 @@ def denoise(policy: Policy, schedule: Schedule, observations: Tensor, a_t: Tenso
 # ==== TOOLS: the same text in sac.py, td3.py, qsm.py and sdac.py ====================================================
 
 
-class Batch(NamedTuple):
-    """Transitions, one per row."""
-
+class Batch(NamedTuple):  # of B transitions
     observations: Tensor  # (B, o)
     actions: Tensor  # (B, d), in [-1, 1]
     next_observations: Tensor  # (B, o), at the end of an episode its true last observation
@@ -238,7 +236,7 @@ class Batch(NamedTuple):
     dones: Tensor  # (B,), 1 where the episode terminated; truncation does not count
 
 
-@torch.compile(dynamic=False, mode="reduce-overhead")  # with it SAC and TD3 make 1.3 to 1.5 times as many updates
+@torch.compile(dynamic=False, mode="reduce-overhead")  # SAC, TD3: 1.3 to 1.5 times the updates per second
 def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Gradients of the first value that `loss(*inputs)` returns, and its second, the metrics. Unlike `backward`, this
     lets torch.compile capture forward and backward in one graph, given `trace_autograd_ops`, which the harness sets."""
@@ -392,12 +390,12 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
 
 
 def evaluate(agent: nn.Module, args: Args, device: torch.device, signals: list, videos: Path, name: str) -> np.ndarray:
-    """Returns (episodes,) of one episode in each of `--eval-episodes` new environments, without exploration noise, cut
-    at 100,000 steps. The seeds are the same each time, and training's random numbers stay untouched."""
+    """Episode returns (episodes,), one from each of `--eval-episodes` new environments, without exploration noise, cut
+    at 100,000 steps. The seeds are the same each time; training's random state is untouched."""
     seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()
     returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    generators = [device] if device.type == "cuda" else []  # besides the CPU's
-    with contextlib.closing(make_envs(args, args.eval_episodes)) as envs, torch.random.fork_rng(generators):
+    devices = [device] if device.type == "cuda" else []  # whose generators are forked, besides the CPU's
+    with contextlib.closing(make_envs(args, args.eval_episodes)) as envs, torch.random.fork_rng(devices):
         if args.capture_video:
             first = envs.unwrapped.envs[0]
             envs.unwrapped.envs[0] = RecordVideo(first, str(videos), lambda episode: episode == 0, name_prefix=name)
@@ -408,18 +406,18 @@ def evaluate(agent: nn.Module, args: Args, device: torch.device, signals: list, 
             observations, rewards, terminations, truncations, _ = envs.step(actions.reshape(envs.action_space.shape))
             returns[running] += rewards[running]
             running &= ~(terminations | truncations)
-            if signals:  # the run ends here, without this evaluation; --resume makes up for it
+            if signals:  # the run ends here, without this evaluation
                 sys.exit(128 + signals[0])
             if not running.any():
                 break
-    check_finite(name, {"evaluation": returns})
+    check_finite(f"evaluation {name}", {"return": returns})
     return returns
 
 
 def write(path: Path, content: dict | str) -> None:
     """Write a temporary file, then rename it: a kill at any moment leaves a whole file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)  # in a stranger's folder, a link to another file
+    temporary.unlink(missing_ok=True)  # in an untrusted folder, a link to another file
     try:
         temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
         temporary.replace(path)
@@ -453,7 +451,7 @@ def restore(folder: Path, agent: nn.Module, buffer: ReplayBuffer) -> tuple[int, 
 
 @contextlib.contextmanager
 def settings(args: Args) -> Iterator[list[int]]:
-    """What a run changes in its process, restored at the end. Yields a list that collects signals: they end the run
+    """Process-wide settings of a run, restored at the end. Yields a list that collects signals: they end the run
     between two steps, since an exception from a handler may get lost in a callback, or leave half an update."""
     signals, handlers = [], {}
 
@@ -467,10 +465,10 @@ def settings(args: Args) -> Iterator[list[int]]:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 handlers[number] = signal.signal(number, handle)
     flushing = (torch.tensor([1e-39]) * 1).item() == 0
-    torch.set_flush_denormal(True)  # a CPU is slow with numbers below 1e-38, which large observations lead to
+    torch.set_flush_denormal(True)  # a CPU is slow with numbers below 1e-38, which large observations cause
     try:
         with torch.compiler.set_stance("default" if args.compile else "force_eager"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="gymnasium")  # that v4 is out of date
+            warnings.filterwarnings("ignore", module="gymnasium")  # v4 tasks are out of date
             yield signals
     finally:
         torch.set_flush_denormal(flushing)
@@ -479,23 +477,23 @@ def settings(args: Args) -> Iterator[list[int]]:
 
 
 def parse_arguments() -> Args:
-    """The command line; what it leaves open is taken from the run that --resume or --evaluate names."""
+    """Parse the command line; what it leaves open comes from the run that --resume or --evaluate names."""
     args = tyro.cli(Args)
     run = args.resume if args.evaluate is None else args.evaluate
     if run is None:
         return args
-    not_saved = {"resume": None, "evaluate": None, "track": False, "wandb_entity": None}
+    not_restored = {"resume": None, "evaluate": None, "track": False, "wandb_entity": None}
     try:
-        saved = Args(**json.loads(Path(run, "args.json").read_text()) | not_saved)
+        saved = Args(**json.loads(Path(run, "args.json").read_text()) | not_restored)
     except (OSError, TypeError, ValueError) as error:
         fail(f"{run!r} is not a run folder of this script: {error}")
-    if ":" in saved.env_id and args.env_id != saved.env_id:  # importing runs code, and the folder may be a stranger's
+    if ":" in saved.env_id and args.env_id != saved.env_id:  # importing runs code, and the folder may be untrusted
         fail(f"the run imports the module in its env_id {saved.env_id}; if you trust that, add --env-id {saved.env_id}")
     return tyro.cli(Args, default=saved)
 
 
 def compile_ahead(agent: nn.Module, args: Args, obs_dim: int, action_dim: int, device: torch.device) -> None:
-    """Compile before the run starts, by acting and updating once on zeros; where that fails, go on without."""
+    """Compile before the run starts, by acting and updating once on zeros; if that fails, go on without."""
     print("compiling, which takes up to a few minutes the first time", file=sys.stderr)
     sizes = (obs_dim,), (action_dim,), (obs_dim,), (), ()
     try:
@@ -510,7 +508,7 @@ def compile_ahead(agent: nn.Module, args: Args, obs_dim: int, action_dim: int, d
 
 
 def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, folder: Path, signals: list) -> None:
-    """Train until --total-timesteps or a signal, from the checkpoint on if there is --resume."""
+    """Train until --total-timesteps or a signal, with --resume from the checkpoint on."""
     step, seconds, evaluations = 0, 0.0, []
     if args.resume is not None:
         step, seconds, evaluations = restore(folder, agent, buffer)
@@ -533,10 +531,24 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
 
     start, action_dim, metrics, shown = time.time() - seconds, math.prod(envs.single_action_space.shape), {}, {}
     drawing = {"mininterval": 0.1 if sys.stderr and sys.stderr.isatty() else 30, "disable": sys.stderr is None}
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", maxinterval=30, smoothing=0, **drawing)
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", miniters=1, smoothing=0, **drawing)
     with bar, SummaryWriter(folder, purge_step=step + 1) as writer:
         try:
-            while last_evaluated < args.total_timesteps and not signals:
+            while not signals:
+                # Evaluate; a resumed run makes up here for an evaluation that was cut short
+                if step // args.eval_frequency > last_evaluated // args.eval_frequency or step >= args.total_timesteps:
+                    returns = evaluate(agent, args, device, signals, folder / "videos", f"step-{step}")
+                    statistics = [float(f(returns)) for f in (np.mean, np.std, np.min, np.max)]
+                    evaluations.append([step, agent.updates, *statistics, round(time.time() - start, 3)])
+                    table = [["step", "updates", "mean", "std", "min", "max", "seconds"], *evaluations]
+                    write(folder / "evaluations.csv", "".join(",".join(map(str, row)) + "\n" for row in table))
+                    last_evaluated, shown["evaluation"] = step, f"{statistics[0]:.1f}"
+                    writer.add_scalar("eval/episodic_return", statistics[0], step)
+                bar.set_postfix(shown, refresh=False)
+                bar.update(step - bar.n)
+                if step >= args.total_timesteps:
+                    break
+
                 # Act
                 if step < args.learning_starts:
                     actions = 2 * torch.rand(args.num_envs, action_dim).numpy() - 1
@@ -560,7 +572,7 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                 observations = new_observations
 
                 # Learn
-                if agent.updates == 0:  # the time left is counted from the first update on
+                if agent.updates == 0 and step > args.learning_starts:  # the time left is counted from here on
                     bar.initial, bar.start_t, bar.last_print_t = step, time.time(), time.time()
                 for _ in range(args.updates_per_step if step > args.learning_starts else 0):
                     metrics |= agent.update(buffer.sample(args.batch_size, device))
@@ -570,19 +582,7 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                             writer.add_scalar(f"losses/{name}", metric.item(), step)
                         writer.add_scalar("charts/SPS", int(step / (time.time() - start)), step)
 
-                # Evaluate
-                if step // args.eval_frequency > last_evaluated // args.eval_frequency or step >= args.total_timesteps:
-                    returns = evaluate(agent, args, device, signals, folder / "videos", f"step-{step}")
-                    statistics = [float(f(returns)) for f in (np.mean, np.std, np.min, np.max)]
-                    evaluations.append([step, agent.updates, *statistics, round(time.time() - start, 3)])
-                    table = [["step", "updates", "mean", "std", "min", "max", "seconds"], *evaluations]
-                    write(folder / "evaluations.csv", "".join(",".join(map(str, row)) + "\n" for row in table))
-                    last_evaluated, shown["evaluation"] = step, f"{statistics[0]:.1f}"
-                    writer.add_scalar("eval/episodic_return", statistics[0], step)
-
-                # Report and save
-                bar.set_postfix(shown, refresh=False)
-                bar.update(args.num_envs)
+                # Save
                 if step % args.checkpoint_frequency < args.num_envs and step < args.total_timesteps:
                     save(folder, agent, buffer, step, time.time() - start, evaluations)
         finally:  # whatever ended the run: its last step, a signal, or an exception

@@ -79,7 +79,7 @@ def test_a_run_leaves_what_it_promises(finished, script):
 def test_help(inside, tmp_path, script):
     process = inside(script, "--help")
     assert process.returncode == 0 and "--total-timesteps" in process.stdout
-    assert "environments that step together" in process.stdout  # the comments beside the arguments
+    assert "parallel environments" in process.stdout  # the comments beside the arguments
     assert not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,7 @@ TASKS = {
     "sdac": ("InvertedPendulum-v4", 10_000, 200),
     "sac": ("InvertedPendulum-v4", 8000, 200),
     "td3": ("InvertedPendulum-v4", 15_000, 200),
-    "qsm": ("Pendulum-v1", 9000, -500),
+    "qsm": ("Pendulum-v1", 9000, -600),
 }
 MORE = {"qsm": ["--q-gradient-scale", "0.05"]}
 
