@@ -2,7 +2,7 @@
 """Q-Score Matching (QSM): a diffusion policy whose score is trained to be the critic's action gradient.
 
 Psenka, Escontrela, Abbeel, Ma: "Learning a Diffusion Model Policy from Rewards via Q-Score Matching", ICML 2024,
-arXiv 2312.11752. Only the denoiser is differentiated, never the sampling chain.
+arXiv 2312.11752. Nothing is differentiated through the sampling chain.
 
     a_t = sqrt(abar_t) a + sqrt(1-abar_t) eps,   a from the replay buffer, eps ~ N(0, I)                    (1)
     y = r + gamma (1-done) min_j Qbar_j(s', a'),   a' = clip(DDPM sample + N(0, 0.1^2 I), -1, 1)            (2)
@@ -10,23 +10,23 @@ arXiv 2312.11752. Only the denoiser is differentiated, never the sampling chain.
     J_pi = E |eps_theta(s,a_t,t) + M_q ∇_a Q(s,a_t)|^2,   Q the mean of both critics            policy      (4)
 
 The sign: a denoiser predicts the noise that was added, so its score is -eps_theta / sqrt(1-abar_t). The optimum of (4)
-is eps_theta = -M_q ∇_a Q, hence the score is +M_q ∇_a Q / sqrt(1-abar_t), and denoising climbs Q.
+is eps_theta = -M_q ∇_a Q, hence the score is +M_q ∇_a Q / sqrt(1-abar_t), and denoising increases Q.
 
-M_q is the explore/exploit dial: a score c ∇Q belongs to the density exp(c Q), so M_q / sqrt(1-abar_t) acts as an
-inverse temperature; the larger M_q, the greedier the policy.
+M_q trades off exploration and exploitation: a score c ∇Q belongs to the density exp(c Q), so M_q / sqrt(1-abar_t) acts
+as an inverse temperature; the larger M_q, the greedier the policy.
 
 The algorithm:
      1  repeat
-     2      act: a as a' in (2), at first uniformly random; the environment answers with r, s' and done
+     2      act: a as a' in (2), initially uniformly random; the environment returns r, s' and done
      3      store (s, a, s', r, done) in the replay buffer, and draw a batch from it
-     4      next actions: denoise a' from N(0, I) in T steps
+     4      next actions: a' by (2), denoised from N(0, I) in T steps
      5      critics: one step of Adam on J_Q, with y by (2)
-     6      averages: Qbar <- (1-tau) Qbar + tau Q
+     6      target critics: Qbar <- (1-tau) Qbar + tau Q
      7      policy: t uniform, a_t by (1), one step of Adam on J_pi, the gradient of Q held fixed
 
-The known weakness: (4) takes ∇_a Q at the *noised* action, and exp(Q) noised is another density than exp(Q) with its
-score rescaled. For a concave quadratic Q both scores are linear, with different slopes; else their shapes differ too.
-Reverse sampling score matching (sdac.py) has no such bias and needs no gradient of Q.
+The known weakness: (4) takes ∇_a Q at the *noised* action, but the score of exp(Q) noised is not a rescaled ∇_a Q. For
+a concave quadratic Q both are affine in a_t, with different slopes and zeros; else their shapes differ too. Reverse
+sampling score matching (sdac.py) has no such bias and needs no gradient of Q.
 
 Usage:
     python qsm.py --env-id HalfCheetah-v4
@@ -102,7 +102,7 @@ class Args:
     gamma: Fraction = 0.99  # discount factor
     tau: Fraction = 0.005  # step size of the target critics' moving average
     q_lr: Fraction = 3e-4  # learning rate of the critics
-    policy_lr: Fraction = 3e-4  # learning rate of the policy at first; a half cosine takes it to 0
+    policy_lr: Fraction = 3e-4  # initial learning rate of the policy; half-cosine decay to 0
     policy_lr_steps: Count = 2_000_000  # policy updates until it is 0
     q_gradient_scale: NotNegative = 50.0  # M_q, an inverse temperature; for humanoid and quadruped the authors take 120
     exploration_noise: NotNegative = 0.1  # standard deviation of the noise on actions, in acting and in targets
@@ -117,7 +117,7 @@ class Schedule(nn.Module):
     """Variance-preserving noise schedule; the paper's steps 1..T are t = 0..T-1 here.
 
     alpha_t = exp(-b_min/T - (b_max - b_min) (2t+1) / (2 T^2)) with b_min = 0.1, b_max = 10, and abar_t is the product
-    of all alpha up to t. The tables (T,) are worked out in float64. A step of the sampler is
+    of all alpha up to t. The tables (T,) are computed in float64. A step of the sampler is
     a_{t-1} = scale_t (a_t - eps_factor_t eps_theta) + std_t z, with z ~ N(0, I) and no noise at t = 0.
     """
 
@@ -208,7 +208,7 @@ class Policy(nn.Module):
         return self.time_layers(torch.cat([angles.cos(), angles.sin()], dim=1))
 
     def forward(self, observations: Tensor, a_t: Tensor, t: Tensor) -> Tensor:
-        # T rows instead of B through the time layers; a product, since the gradient of indexing is slow to add up
+        # T rows instead of B through the time layers; a product, since the gradient of indexing is slow to accumulate
         time = F.one_hot(t, self.steps).to(a_t.dtype) @ self.time_share(torch.arange(self.steps, device=t.device))
         return self.trunk(self.state_layer(observations) + self.action_layer(a_t) + time)
 
@@ -264,7 +264,7 @@ def move_average(average: nn.Module, online: nn.Module, tau: float) -> None:
 
 
 class QSM(nn.Module):
-    """The agent. Actions are in [-1, 1]^d, also while they are denoised."""
+    """The agent. Actions are clipped to [-1, 1]^d, at each denoising step too; a_t in (4) is not."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()

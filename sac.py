@@ -15,7 +15,7 @@ tuned so that the entropy stays at its target Hbar = -d, where d is the number o
 
 The algorithm:
      1  repeat
-     2      act: a ~ pi(.|s), at first uniformly random; the environment answers with r, s' and done
+     2      act: a ~ pi(.|s), initially uniformly random; the environment returns r, s' and done
      3      store (s, a, s', r, done) in the replay buffer, and draw a batch from it
      4      critics: one step of Adam on J_Q, with y by (4)
      5      policy: one step of Adam on J_pi, the critics held fixed
@@ -187,7 +187,7 @@ def move_average(average: nn.Module, online: nn.Module, tau: float) -> None:
 
 
 class SAC(nn.Module):
-    """The agent. Actions are in [-1, 1]^d everywhere inside."""
+    """The agent. Actions are in [-1, 1]^d throughout."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()

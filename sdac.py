@@ -3,17 +3,17 @@
 
 Ma, Chen, Wang, Li, Dai: "Efficient Online Reinforcement Learning for Diffusion Policy", ICML 2025, arXiv 2502.00361.
 The policy is a diffusion model whose score is trained by Reverse Sampling Score Matching (RSSM), which needs only
-values of Q: neither samples of the wanted policy nor gradients of Q.
+values of Q: neither samples of the desired policy nor gradients of Q.
 
-The wanted policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s). The temperature lambda follows an annealing schedule that no
-data enters: it falls from `--temperature` to 0.2 of that within about 58,000 updates, and the exploration noise falls
-with it. Noising an action a_0 of d dimensions, with abar_t from 1 down to 0, gives
+The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s). The temperature lambda follows an annealing schedule that no
+data enters: it falls from `--temperature` to 0.3 of that in 58,000 updates and 0.2 in 125,000, and the exploration
+noise falls with it. Noising an action a_0 of d dimensions, with abar_t from 1 down to 0, gives
 
     q_{t|0}(a_t|a_0) = N(a_t; sqrt(abar_t) a_0, (1-abar_t) I)               forward kernel          (1)
     p_t(a_t|s) = ∫ pi(a_0|s) q_{t|0}(a_t|a_0) da_0                          noised policy           (2)
 
 and the diffusion model needs the score ∇ log p_t. Denoising score matching would fit it to ∇ log q_{t|0} at samples
-of pi, which nobody has. Read the same Gaussian formula as a density of a_0:
+from pi, which we do not have. Read the same Gaussian formula as a density of a_0:
 
     qtilde_{0|t}(a_0|a_t) = N(a_0; a_t/sqrt(abar_t), (1-abar_t)/abar_t I)   reverse sampling        (3)
     q_{t|0}(a_t|a_0) = abar_t^{-d/2} qtilde_{0|t}(a_0|a_t)   for every pair                         (4)
@@ -24,28 +24,28 @@ support, a_0 from qtilde, and weight the pair by exp(Q(s,a_0)/lambda). By (4) th
 every (s, a_t, t) weighted by ptilde_t(a_t|s) Z(s) abar_t^{d/2} > 0 instead of 1. A positive weight that does not depend
 on a_0 leaves the minimiser unchanged, because s_theta can be chosen independently at each (s, a_t, t). So
 
-    L = E_t E_{a_t~ptilde_t} E_{a_0~qtilde} exp(Q(s,a_0)/lambda) |s_theta(a_t;s,t) - ∇ log q_{t|0}|^2   (6)
+    L = E_{s,t} E_{a_t~ptilde_t} E_{a_0~qtilde} exp(Q(s,a_0)/lambda) |s_theta(a_t;s,t) - ∇ log q_{t|0}|^2   (6)
 
 is minimised by s_theta = ∇ log p_t(.|s), whatever the proposal. In terms of predicted noise,
-eps_theta = -sqrt(1-abar_t) s_theta, with M reverse samples for each (s, a_t), for which (5) is -eps_k/sqrt(1-abar_t),
+eps_theta = -sqrt(1-abar_t) s_theta, and with M reverse samples for each (s, a_t),
 
     a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k,   eps_k ~ N(0, I)                          (7)
     w_k = softmax_k(Q(s,a_0^k)/lambda)                                                              (8)
-    L = E |eps_theta(s,a_t,t) - sum_k w_k eps_k|^2 + const                                          (9)
+    L' = E |eps_theta(s,a_t,t) - sum_k w_k eps_k|^2 + const                                         (9)
 
-The softmax divides by a weight that for large M does not depend on a_0 (the bias is of order 1/M), and (9) weights t
-differently from (6). The sum moves inside the square because the w_k add up to 1 and eps_theta does not depend on k:
-one pass of the policy serves all M.
+since (5) is -eps_k/sqrt(1-abar_t) at a_0^k. The softmax divides by a sum that tends to a function of (s, a_t, t) alone
+as M grows (the bias is of order 1/M), and (9) drops the factor 1/(1-abar_t). The sum moves inside the square because
+the w_k add up to 1 and eps_theta does not depend on k: one pass of the policy serves all M.
 
 The algorithm:
      1  repeat
-     2      act: denoise N particles of the averaged policy, keep the one with the largest min_j Q_j(s,a), add N(0,
-            std^2 I), clip to [-1, 1]; at first uniformly random; the environment answers with r, s' and done
+     2      act: denoise N particles with the averaged policy, keep the one with the largest min_j Q_j(s,a), add N(0,
+            std^2 I), clip to [-1, 1]; initially uniformly random; the environment returns r, s' and done
      3      store (s, a, s', r, done) in the replay buffer, and draw a batch from it
-     4      targets: a' as in 2, but of the online policy, and y = 0.2 r + gamma (1-done) min_j Qbar_j(s',a')
+     4      targets: a' as in 2, but from the online policy, and y = 0.2 r + gamma (1-done) min_j Qbar_j(s',a')
      5      every second update
      6          proposal: a_0 as in 4 for the states s, t uniform, and a_t by (1)
-     7          reverse sampling: M actions by (7), weighted with min_j Q_j by (8)
+     7          reverse sampling: M actions by (7), clipped, weighted with min_j Q_j by (8)
      8          policy: one step of Adam on (9)
      9      critics: one step of Adam on sum_j E (Q_j(s,a) - y)^2
     10      every 250th update
@@ -61,13 +61,13 @@ Usage:
 
 Where the paper, its official code (JAX, mahaitongdae/diffusion_policy_online_rl) and this file differ:
 - Actions are clipped to [-1, 1] after the exploration noise, in acting, in the critics' target and in the proposal; the
-  official code stores and bootstraps them unclipped, though they are never played so.
-- Denoising starts from N(0, 0.5^2 I) as in the official code; theory says N(0, I).
-- Best-of-N in line 2 is the paper's "efficient behaviour policy"; `--num-particles 1` switches it off.
-- As in the official code, Q in (8) is taken at clipped actions, so that the wanted policy is exp(Q(s,
-  clip(a))/lambda). `--bounded-reverse-sampling` is exact for pi on the box: truncating qtilde only changes the weight.
-- `--soft-critic` adds the entropy of the exploration noise to the target, which the official code leaves out: on
-  average the same constant at every state, a bonus or penalty per step of staying alive.
+  official code stores and bootstraps them unclipped, though the environment clips them.
+- Denoising starts from N(0, 0.5^2 I) as in the official code; for pi on the box, theory says N(0, I).
+- Best-of-N in lines 2, 4 and 6 is the paper's "efficient behaviour policy"; `--num-particles 1` switches it off.
+- As in the official code, Q in (8) is taken at clipped actions, so that pi is exp(Q(s, clip(a))/lambda), which has no
+  finite Z; `--bounded-reverse-sampling` fits pi on the box instead: truncating qtilde to it only changes the weight.
+- `--soft-critic` adds lambda times the entropy of the exploration noise to the target, which the official code leaves
+  out: on average the same constant at every state, a bonus or penalty per step of staying alive.
 """
 
 # /// script
@@ -137,12 +137,12 @@ class Args:
     gamma: Fraction = 0.99  # discount factor
     tau: Fraction = 0.005  # step size of the moving averages of critics and policy
     q_lr: Fraction = 3e-4  # learning rate of the critics
-    policy_lr: Fraction = 3e-4  # learning rate of the policy at first
-    policy_lr_end: Fraction = 3e-5  # learning rate of the policy in the end; linear in between
+    policy_lr: Fraction = 3e-4  # initial learning rate of the policy
+    policy_lr_end: Fraction = 3e-5  # final learning rate of the policy; linear in between
     policy_lr_decay_begin: Natural = 25_000  # policy updates before that decay
     policy_lr_decay_end: Natural = 75_000  # policy updates after which it ends
-    policy_frequency: Count = 2  # updates per update of the policy and of the moving averages
-    reward_scale: Positive = 0.2  # factor on rewards inside the critics, and so the unit of the temperature
+    policy_frequency: Count = 2  # updates per update of the policy and the averages
+    reward_scale: Positive = 0.2  # factor on rewards in the critics' target, and so the scale of Q and lambda
     hidden_size: Count = 256  # width of the three hidden layers of critics and policy
     diffusion_steps: Annotated[int, Field(ge=2, le=200)] = 20  # denoising steps T
     num_particles: Count = 32  # N: actions denoised per state, of which the best by min(Q1, Q2) is kept
@@ -150,12 +150,12 @@ class Args:
     num_reverse_samples: Count = 64  # M: reverse samples per noised action
     proposal: Literal["policy", "replay"] = "policy"  # whose actions are noised to a_t: the policy's, or the buffer's
     bounded_reverse_sampling: bool = False  # draw reverse samples inside the action box, instead of clipping them for Q
-    soft_critic: bool = False  # add the entropy of the exploration noise to the critics' target
-    temperature: Positive = 1.0  # lambda at first
-    exploration_noise: Positive = 0.5  # standard deviation of the exploration noise at first
+    soft_critic: bool = False  # add lambda times the entropy of the exploration noise to the critics' target
+    temperature: Positive = 1.0  # initial lambda
+    exploration_noise: Positive = 0.5  # initial standard deviation of the exploration noise
     lambda_lr: Fraction = 7e-3  # learning rate of log lambda
     lambda_frequency: Count = 250  # updates per update of lambda
-    target_entropy_scale: Finite = -0.9  # entropy of the exploration noise aimed at, per action dimension
+    target_entropy_scale: Finite = -0.9  # target entropy of the exploration noise, per action dimension
 
 
 # ALGO LOGIC: diffusion and reverse sampling -------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class Schedule(nn.Module):
     """Noise schedule; the paper's steps 1..T are t = 0..T-1 here.
 
     beta_t grows linearly from 0.8e-4 to 0.7992, and abar_t is the product of all 1 - beta up to t. The tables (T,) are
-    worked out in float64, since 1 - abar_0 = 8e-5 would lose half of its digits in float32. A step of the sampler draws
+    computed in float64, since 1 - abar_0 = 8e-5 would lose half of its digits in float32. A step of the sampler draws
     from the DDPM posterior, N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2 I), which adds no noise at t = 0.
     """
 
@@ -203,7 +203,7 @@ class Schedule(nn.Module):
     def bounded_noise(self, a_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Noise (B, M, d) whose reverse samples (7) lie in the box [-1, 1]^d, from uniform numbers u (B, M, d).
 
-        Where pi lives on the box, qtilde is the Gaussian (3) truncated to it. The noise is then a normal truncated to
+        For pi on the box, qtilde is the Gaussian (3) truncated to it. The noise is then a normal truncated to
         [low, high], drawn by inversion: eps = Phi^-1(Phi(low) + u (Phi(high) - Phi(low))).
         """
         mean, std = (a_t / self.sqrt_abar[t, None])[:, None], self.reverse_std[t, None, None]
@@ -392,7 +392,7 @@ class SDAC(nn.Module):
         return self.perturbed(actions, torch.randn_like(actions)) if explore else actions
 
     def best_of_n(self, policy: Policy, observations: Tensor, n: int) -> Tensor:
-        """Of n actions that the policy makes for each state, the one with the largest online min(Q1, Q2), (B, d)."""
+        """Of n samples of the policy for each state, the one with the largest online min(Q1, Q2), (B, d)."""
         particles = []
         for chunk in observations.split(states_per_chunk(n, observations.device)):
             start = self.schedule.start_std * torch.randn(len(chunk), n, self.action_dim, device=chunk.device)
@@ -426,7 +426,7 @@ class SDAC(nn.Module):
 
     @torch.no_grad()
     def propose(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """a_t (B, d) and t (B,): noised actions of the policy, or of the replay buffer."""
+        """a_t (B, d) and t (B,): noised actions from the policy or from the replay buffer."""
         a_0 = batch.actions
         if self.args.proposal == "policy":
             a_0 = self.best_of_n(self.policy, batch.observations, self.args.num_particles)
@@ -436,7 +436,7 @@ class SDAC(nn.Module):
 
     @torch.no_grad()
     def reverse_sampling(self, batch: Batch, a_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """sum_k w_k eps_k of (9), (B, d), and the effective sample size of the weights (harmonic mean), from 1 to M."""
+        """sum_k w_k eps_k of (9), (B, d), and the effective sample size (harmonic mean over B), from 1 to M."""
         shape = (len(a_t), self.args.num_reverse_samples, self.action_dim)
         if self.args.bounded_reverse_sampling:
             eps = self.schedule.bounded_noise(a_t, t, torch.rand(shape, device=a_t.device))
@@ -447,7 +447,7 @@ class SDAC(nn.Module):
         return torch.einsum("bm,bmd->bd", weights, eps), 1 / weights.square().sum(1).mean()
 
     def policy_loss(self, batch: Batch, a_t: Tensor, t: Tensor, mean_eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Equation (9), averaged over action dimensions too, which Adam ignores."""
+        """Equation (9), averaged over action dimensions too, a factor to which Adam is invariant."""
         loss = F.mse_loss(self.policy(batch.observations, a_t, t), mean_eps)
         return loss, {"actor_loss": loss}
 

@@ -2,7 +2,7 @@
 """Twin Delayed Deep Deterministic policy gradient (TD3).
 
 Fujimoto, van Hoof, Meger: "Addressing Function Approximation Error in Actor-Critic Methods", ICML 2018,
-arXiv 1802.09477. A deterministic policy climbs a critic; three measures keep the critic's errors in check: the smaller
+arXiv 1802.09477. A deterministic policy ascends a critic; three measures limit the critic's errors: the smaller
 of two critics in the target, noise on the target's action, and a policy that is trained less often than the critics.
 
     a = clip(pi(s) + eps, -1, 1),  eps ~ N(0, 0.1^2 I)                                          acting      (1)
@@ -13,7 +13,7 @@ of two critics in the target, noise on the target's action, and a policy that is
 
 The algorithm:
      1  repeat
-     2      act: a by (1), at first uniformly random; the environment answers with r, s' and done
+     2      act: a by (1), initially uniformly random; the environment returns r, s' and done
      3      store (s, a, s', r, done) in the replay buffer, and draw a batch from it
      4      critics: one step of Adam on J_Q, with y by (2) and (3)
      5      every second update
@@ -25,9 +25,9 @@ Usage:
     python td3.py --resume runs/RUN_FOLDER
     python td3.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
-The numbers are today's usual ones, not all of them the paper's: learning rates of 3e-4, batches of 256, 25,000 random
-steps and two hidden layers of 256. Counting updates from 0, the policy is trained at 0, 2, 4, ... where the paper's
-box, counting from 1, trains it at 2, 4, 6, ...
+Departures from the paper: today's usual learning rates of 3e-4, batches of 256, 25,000 random steps and two hidden
+layers of 256. Counting updates from 0, the policy is trained at 0, 2, 4, ... where the paper's algorithm, counting from
+1, trains it at 2, 4, 6, ...
 """
 
 # /// script
@@ -95,9 +95,9 @@ class Args:
     tau: Fraction = 0.005  # step size of the targets' moving averages
     learning_rate: Fraction = 3e-4  # learning rate of critics and policy
     policy_frequency: Count = 2  # updates per update of the policy and of the targets
-    exploration_noise: NotNegative = 0.1  # standard deviation of the noise on actions played
+    exploration_noise: NotNegative = 0.1  # standard deviation of the exploration noise
     policy_noise: NotNegative = 0.2  # standard deviation of the noise on the target's actions
-    noise_clip: NotNegative = 0.5  # largest size of that noise
+    noise_clip: NotNegative = 0.5  # bound on the absolute value of that noise
     hidden_size: Count = 256  # width of the two hidden layers of critics and policy
 
 
@@ -105,7 +105,7 @@ class Args:
 
 
 class TwinLinear(nn.Module):
-    """A linear layer for each of two critics, (2, B, i) to (2, B, j), in one product; (1, B, i) asks Q1 alone."""
+    """A linear layer for each of two critics, (2, B, i) to (2, B, j), in one product; (1, B, i) gives Q1 alone."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -180,7 +180,7 @@ def move_average(average: nn.Module, online: nn.Module, tau: float) -> None:
 
 
 class TD3(nn.Module):
-    """The agent. Actions are in [-1, 1]^d everywhere inside."""
+    """The agent. Actions are in [-1, 1]^d throughout."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()

@@ -78,6 +78,12 @@ class NanLater(Scripted):
         return observation, float("nan") if self.episode else reward, *rest
 
 
+class NanReturn(Scripted):
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        return observation, float("nan"), *rest
+
+
 class HugeReward(Faulty):
     """Finite as float64, infinite as float32."""
 
@@ -178,8 +184,8 @@ class Wide(Scripted):
 
 
 KIN = [
-    Scripted, Raising, NanReward, NanLater, HugeReward, InfiniteObservation, RaisingReset, InterruptedReset, Wandering,
-    NoRenderMode, Integers, NoSeed, OnlyTwo, Endless, OwnEpisode, Unbounded, Pinned, Wide,
+    Scripted, Raising, NanReward, NanLater, NanReturn, HugeReward, InfiniteObservation, RaisingReset, InterruptedReset,
+    Wandering, NoRenderMode, Integers, NoSeed, OnlyTwo, Endless, OwnEpisode, Unbounded, Pinned, Wide,
 ]  # fmt: skip
 for kin in KIN:
     gym.register(f"{kin.__name__}-v0", kin)

@@ -162,9 +162,13 @@ def exact_noise(a_t, signal, noise):
 def rssm_target(schedule, a_t, t, m=100_000):
     """The target of sdac.py on this schedule, with quantiles for random reverse samples: sums are integrals."""
     agent = sdac.SDAC(1, 1, sdac.Args(hidden_size=1, num_reverse_samples=m, temperature=1.0))
-    agent.schedule.sqrt_abar, agent.schedule.reverse_std = schedule.sqrt_abar, schedule.sqrt_1m_abar / schedule.sqrt_abar
+    agent.schedule.sqrt_abar = schedule.sqrt_abar
+    agent.schedule.reverse_std = schedule.sqrt_1m_abar / schedule.sqrt_abar
     quantiles = torch.special.ndtri((torch.arange(m) + 0.5) / m)[None, :, None].expand(len(a_t), -1, -1)
-    values = lambda observations, actions: mixtures(None, actions.reshape(-1, 1))[0].view(len(actions), -1)  # noqa: E731
+
+    def values(observations, actions):
+        return mixtures(None, actions.reshape(-1, 1))[0].view(len(actions), -1)
+
     with mock.patch.object(agent, "values", values), pairs.replayed(quantiles):
         return agent.reverse_sampling(qsm.Batch(*[None] * 5), a_t, torch.full((len(a_t),), t))[0]
 

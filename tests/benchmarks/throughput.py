@@ -147,10 +147,10 @@ def start(script, task, device):
 
 def sdac_gflop(obs_dim, d, args):
     """Arithmetic of one SDAC update after the exact savings of its docstring, averaged over the policy's delay."""
-    b, n, m, h, steps = args.batch_size, args.num_particles, args.num_reverse_samples, args.hidden_size, args.diffusion_steps
+    b, n, m, h = args.batch_size, args.num_particles, args.num_reverse_samples, args.hidden_size
     policy, critic = 2 * (d * h + 2 * h * h + h * d), 2 * (d * h + 2 * h * h + h)  # per row, without the state's share
     state = 2 * obs_dim * h  # per state
-    sampling = b * state + b * n * steps * policy + 2 * (b * state + b * n * critic)
+    sampling = b * state + b * n * args.diffusion_steps * policy + 2 * (b * state + b * n * critic)
     critics = 2 * (b * (state + critic) + 3 * b * (state + critic))  # targets, and forward and backward
     rssm = 2 * (b * state + b * m * critic) + 3 * b * (state + policy)
     return (sampling + critics + (sampling + rssm) / args.policy_frequency) / 1e9
