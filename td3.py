@@ -364,7 +364,7 @@ def restore(folder: Path, agent: nn.Module, buffer: ReplayBuffer) -> tuple[int, 
 @contextlib.contextmanager
 def settings(args: Args) -> Iterator[list[int]]:
     """Process-wide settings of a run, restored at the end. Yields a list that collects signals: they end the run
-    between two steps, since an exception from a handler may get lost in a callback, or leave half an update."""
+    between two steps, since an exception from a handler may get lost in a callback, or interrupt an update halfway."""
     signals, handlers = [], {}
 
     def handle(number: int, frame: object) -> None:

@@ -63,6 +63,24 @@ PROFILES = {
             "qsm-q120": "--q-gradient-scale 120",
         },
     },
+    # To choose SDAC's defaults by: 100,000 updates, long enough to tell one change from another.
+    "screening": {
+        "tasks": ["HalfCheetah-v4"],
+        "seeds": [1, 2],
+        "flags": f"{PROTOCOL} --total-timesteps 530000 --eval-frequency 20000 --eval-episodes 10",
+        "agents": {
+            "sdac-T10": f"{CHEAP} --diffusion-steps 10",
+            "sdac-T5": f"{CHEAP} --diffusion-steps 5",
+            "sdac-T5-target4": f"{CHEAP} --diffusion-steps 5 --target-particles 4",
+            "sdac-M64": f"{CHEAP} --num-reverse-samples 64",
+            "sdac-T5-warm": f"{CHEAP} --diffusion-steps 5 --target-particles 8 --temperature 0.25",
+            "sdac-lr": f"{CHEAP} --policy-lr-end 3e-4",
+            "sdac-N32": f"{CHEAP} --num-particles 32",
+            "sdac-N4": f"{CHEAP} --num-particles 4",
+            "sdac-held005": f"{CHEAP} --lambda-lr 0 --exploration-noise 0.1",
+            "sdac-held001": f"{CHEAP} --lambda-lr 0 --exploration-noise 0.1 --temperature 0.01",
+        },
+    },
     # The same with every default, on the paper's ten tasks: for GPUs.
     "paper": {
         "tasks": [
@@ -154,8 +172,18 @@ def collect(work, profile, agent, task, seed):
         "args": json.loads((folder / "args.json").read_text()),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "machine": machine(),
+        "effective_sample_size": effective_sample_size(folder),
     }
     (target / f"{agent}-{seed}.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def effective_sample_size(folder):
+    """Of SDAC's reverse samples when the run ended, from its TensorBoard events; None for other scripts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    name = "losses/effective_sample_size"
+    return round(events.Scalars(name)[-1].value, 2) if name in events.Tags()["scalars"] else None
 
 
 def machine():
@@ -228,6 +256,8 @@ def table(profile):
     """Markdown: last and best evaluation of every agent on every task, and what others published."""
     if profile == "pilots":
         return table_of_updates(profile)
+    if profile == "screening":
+        return table_of_scores(profile)
     published = profile == "locomotion"
     lines = ["| task | script | last evaluation | best evaluation | minutes |" + " published |" * published]
     lines += ["| --- |" + " --- |" * (4 + published)]
@@ -262,6 +292,30 @@ def table_of_updates(profile):
     return "\n".join(lines)
 
 
+def table_of_scores(profile):
+    """Markdown: the mean of each run's last six evaluations, beside those of the whole runs up to the same step."""
+    lines = [
+        "| task | script | seed | 30k | 50k | 70k | 90k | score | effective sample size |",
+        "| --- |" + " --- |" * 8,
+    ]
+    for task, agents in load(profile).items():
+        whole = {"sdac": load("locomotion")[task]["sdac"]}
+        for agent, seeds in (whole | agents).items():
+            for seed, rows in seeds.items():
+                rows = [row for row in rows if row["updates"] <= 100_000]
+                at = {row["updates"]: f"{row['mean']:.0f}" for row in rows}
+                about = (
+                    json.loads((RESULTS / profile / task / f"{agent}-{seed}.json").read_text())
+                    if agent in agents
+                    else {}
+                )
+                score = sum(row["mean"] for row in rows[-6:]) / 6
+                script, _, variant = agent.partition("-")
+                cells = [task, f"`{script}.py` {variant}".strip(), str(seed), *(at[n * 1000] for n in (30, 50, 70, 90))]
+                lines.append(f"| {' | '.join([*cells, f'{score:.0f}', str(about.get('effective_sample_size', ''))])} |")
+    return "\n".join(lines) + "\n"
+
+
 def best_of(rows):
     return max(row["mean"] for row in rows)
 
@@ -270,7 +324,7 @@ def draw(profile):
     """The table; and one picture: a column per task, over steps above and over minutes below; mean and one standard
     deviation. No picture of the pilots, whose minutes say nothing."""
     (RESULTS / profile / "table.md").write_text(table(profile))
-    if profile == "pilots":
+    if profile in ("pilots", "screening"):
         return
     import matplotlib
 
