@@ -462,7 +462,7 @@ def settings(args: Args) -> Iterator[list[int]]:
 
     with contextlib.suppress(ValueError):  # only the main thread may set handlers
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup ignores SIGHUP
                 handlers[number] = signal.signal(number, handle)
     flushing = (torch.tensor([1e-39]) * 1).item() == 0
     torch.set_flush_denormal(True)  # a CPU is slow with numbers below 1e-38, which large observations cause
