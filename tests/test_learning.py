@@ -9,12 +9,12 @@ sys.path.insert(0, str(TESTS / "benchmarks"))
 import campaign  # noqa: E402
 
 # With the flags of the campaign's profile `quick`. InvertedPendulum-v4 pays 1 for each step that the pole stands, at most
-# 1000, to random policies 5 to 8; SEEN_POLE. On Pendulum-v1 random
-# policies get -1150 and the best ones -100 to -150; qsm.py ended between -100 and -266 with seeds 1 to 5.
+# 1000, to random policies 5 to 8. Pendulum-v1 pays random policies about -1150. With seeds 1 to 5 the best of the last
+# three evaluations was 1000 each for sdac.py and sac.py, -86 to -215 for td3.py and -101 to -266 for qsm.py.
 TASKS = {
     "sdac": ("InvertedPendulum-v4", 10_000, 200),
     "sac": ("InvertedPendulum-v4", 8000, 200),
-    "td3": ("InvertedPendulum-v4", 15_000, 200),
+    "td3": ("Pendulum-v1", 9000, -600),
     "qsm": ("Pendulum-v1", 9000, -600),
 }
 MORE = {"qsm": ["--q-gradient-scale", "0.05"]}
