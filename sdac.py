@@ -5,9 +5,9 @@ Ma, Chen, Wang, Li, Dai: "Efficient Online Reinforcement Learning for Diffusion 
 The policy is a diffusion model whose score is trained by Reverse Sampling Score Matching (RSSM), which needs only
 values of Q: neither samples of the desired policy nor gradients of Q.
 
-The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s). The temperature lambda follows an annealing schedule that no
-data enters: it falls from `--temperature` to 0.3 of that in 58,000 updates and 0.2 in 125,000, and the exploration
-noise falls with it. Noising an action a_0 of d dimensions, with abar_t from 1 down to 0, gives
+The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s) for a in the box [-1, 1]^d. The temperature lambda follows an
+annealing schedule that no data enters: it falls from `--temperature` to 0.3 of that in 58,000 updates and 0.2 in
+125,000, and the exploration noise falls with it. Noising an action a_0, with abar_t from 1 down to 0, gives
 
     q_{t|0}(a_t|a_0) = N(a_t; sqrt(abar_t) a_0, (1-abar_t) I)               forward kernel          (1)
     p_t(a_t|s) = ∫ pi(a_0|s) q_{t|0}(a_t|a_0) da_0                          noised policy           (2)
@@ -26,10 +26,11 @@ on a_0 leaves the minimiser unchanged, because s_theta can be chosen independent
 
     L = E_{s,t} E_{a_t~ptilde_t} E_{a_0~qtilde} exp(Q(s,a_0)/lambda) |s_theta(a_t;s,t) - ∇ log q_{t|0}|^2   (6)
 
-is minimised by s_theta = ∇ log p_t(.|s), whatever the proposal. In terms of predicted noise,
+is minimised by s_theta = ∇ log p_t(.|s), whatever the proposal. Outside the box pi is zero, so qtilde is truncated to
+it, which multiplies the weight by another function of a_t and t. In terms of predicted noise,
 eps_theta = -sqrt(1-abar_t) s_theta, and with M reverse samples for each (s, a_t),
 
-    a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k,   eps_k ~ N(0, I)                          (7)
+    a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k,   eps_k ~ N(0, I) with a_0^k in the box    (7)
     w_k = softmax_k(Q(s,a_0^k)/lambda)                                                              (8)
     L' = E |eps_theta(s,a_t,t) - sum_k w_k eps_k|^2 + const                                         (9)
 
@@ -42,10 +43,10 @@ The algorithm:
      2      act: denoise N particles with the averaged policy, keep the one with the largest min_j Q_j(s,a), add N(0,
             std^2 I), clip to [-1, 1]; initially uniformly random; the environment returns r, s' and done
      3      store (s, a, s', r, done) in the replay buffer, and draw a batch from it
-     4      targets: a' as in 2, but from the online policy, and y = 0.2 r + gamma (1-done) min_j Qbar_j(s',a')
+     4      targets: a' as in 2, but one particle of the online policy; y = 0.2 r + gamma (1-done) min_j Qbar_j(s',a')
      5      every second update
-     6          proposal: a_0 as in 4 for the states s, t uniform, and a_t by (1)
-     7          reverse sampling: M actions by (7), clipped, weighted with min_j Q_j by (8)
+     6          proposal: a_0 = a from the buffer, t uniform, and a_t by (1)
+     7          reverse sampling: M actions by (7), weighted with min_j Q_j by (8)
      8          policy: one step of Adam on (9)
      9      critics: one step of Adam on sum_j E (Q_j(s,a) - y)^2
     10      every 250th update
@@ -60,12 +61,16 @@ Usage:
     python sdac.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
 Where the paper, its official code (JAX, mahaitongdae/diffusion_policy_online_rl) and this file differ:
+- The official defaults are `--temperature 1 --target-particles 32 --num-particles 32 --num-reverse-samples 64
+  --proposal policy --no-bounded-reverse-sampling`, for which an update takes many times the arithmetic. Here:
+  - lambda starts at 0.05, where a single particle in the target is greedy enough; a warm lambda needs the best of many;
+  - 16 particles when acting and 16 reverse samples take less arithmetic;
+  - the proposal takes the buffer's actions: any proposal will do, and the policy's would have to be sampled;
+  - reverse samples lie in the box: if clipped for Q, they make pi exp(Q(s, clip(a))/lambda), which has no finite Z.
 - Actions are clipped to [-1, 1] after the exploration noise, in acting, in the critics' target and in the proposal; the
   official code stores and bootstraps them unclipped, though the environment clips them.
 - Denoising starts from N(0, 0.5^2 I) as in the official code; for pi on the box, theory says N(0, I).
-- Best-of-N in lines 2, 4 and 6 is the paper's "efficient behaviour policy"; `--num-particles 1` switches it off.
-- As in the official code, Q in (8) is taken at clipped actions, so that pi is exp(Q(s, clip(a))/lambda), which has no
-  finite Z; `--bounded-reverse-sampling` fits pi on the box instead: truncating qtilde to it only changes the weight.
+- Best-of-N in line 2 is the paper's "efficient behaviour policy"; `--num-particles 1` switches it off.
 - `--soft-critic` adds lambda times the entropy of the exploration noise to the target, which the official code leaves
   out: on average the same constant at every state, a bonus or penalty per step of staying alive.
 """
@@ -145,13 +150,13 @@ class Args:
     reward_scale: Positive = 0.2  # factor on rewards in the critics' target, and so the scale of Q and lambda
     hidden_size: Count = 256  # width of the three hidden layers of critics and policy
     diffusion_steps: Annotated[int, Field(ge=2, le=200)] = 20  # denoising steps T
-    num_particles: Count = 32  # N: actions denoised per state, of which the best by min(Q1, Q2) is kept
-    target_particles: Count | None = None  # the same for the actions in the critics' target; None: as --num-particles
-    num_reverse_samples: Count = 64  # M: reverse samples per noised action
-    proposal: Literal["policy", "replay"] = "policy"  # whose actions are noised to a_t: the policy's, or the buffer's
-    bounded_reverse_sampling: bool = False  # draw reverse samples inside the action box, instead of clipping them for Q
+    num_particles: Count = 16  # N: actions denoised per state, of which the best by min(Q1, Q2) is kept
+    target_particles: Count = 1  # the same for the actions in the critics' target
+    num_reverse_samples: Count = 16  # M: reverse samples per noised action
+    proposal: Literal["policy", "replay"] = "replay"  # whose actions are noised to a_t: the policy's, or the buffer's
+    bounded_reverse_sampling: bool = True  # draw reverse samples inside the action box, instead of clipping them for Q
     soft_critic: bool = False  # add lambda times the entropy of the exploration noise to the critics' target
-    temperature: Positive = 1.0  # initial lambda
+    temperature: Positive = 0.05  # initial lambda
     exploration_noise: Positive = 0.5  # initial standard deviation of the exploration noise
     lambda_lr: Fraction = 7e-3  # learning rate of log lambda
     lambda_frequency: Count = 250  # updates per update of lambda
@@ -416,7 +421,7 @@ class SDAC(nn.Module):
     def target_values(self, batch: Batch) -> Tensor:
         """y = reward_scale r + gamma (1-done) min(Qbar1, Qbar2)(s', a'), (B,)."""
         args, observations = self.args, batch.next_observations
-        actions = self.best_of_n(self.policy, observations, args.target_particles or args.num_particles)
+        actions = self.best_of_n(self.policy, observations, args.target_particles)
         eps = torch.randn_like(actions)
         next_q = min_q(self.target_critics, observations, self.perturbed(actions, eps))
         if args.soft_critic:  # minus lambda times the log-density of the exploration noise

@@ -7,7 +7,6 @@ from unittest import mock
 import reference
 import torch
 
-
 # Random numbers
 
 

@@ -210,8 +210,7 @@ class SDACReference:
     def update(self, batch, step, noise):
         args, std, noise = self.args, self.exploration_std, list(noise)
         with torch.no_grad():
-            n = args.num_particles if args.target_particles is None else args.target_particles
-            next_actions = self.best_of_n(self.policy, batch.next_observations, n, noise)
+            next_actions = self.best_of_n(self.policy, batch.next_observations, args.target_particles, noise)
             eps = noise.pop(0)
             next_q = sdac_min_q(self.target_critics, batch.next_observations, self.explored(next_actions, eps))
             if args.soft_critic:

@@ -7,7 +7,10 @@ import json
 import sys
 
 import pytest
+import tyro
 from conftest import ROOT, TESTS
+
+import sdac
 
 sys.path.insert(0, str(TESTS / "benchmarks"))
 import campaign  # noqa: E402
@@ -27,6 +30,10 @@ def test_profiles_name_arguments_of_the_scripts(profile):
         flags = campaign.flags_of(profile, agent)
         names = {flag.replace("--no-", "--") for flag in flags if flag.startswith("--")}
         assert names <= arguments(campaign.script_of(agent)) and "--total-timesteps" in names
+
+
+def test_the_official_configuration_is_the_docstrings():
+    assert f"official defaults are `{campaign.OFFICIAL}`" in " ".join(sdac.__doc__.split())
 
 
 def sweep():
@@ -65,10 +72,9 @@ def test_a_campaign_runs_skips_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setitem(campaign.PROFILES, "tiny", profile)
     monkeypatch.setattr(campaign, "RESULTS", tmp_path / "results")
     work = tmp_path / "work"
-    everything = ("tiny", ["sac", "td3"], ["Pendulum-v1"], [1, 2], 2, [], work)
-    assert campaign.run(*everything) == []
-    folders = sorted((work / "runs").iterdir())
-    assert len(folders) == 4
+    runs = [("tiny", [agent], ["Pendulum-v1"], seeds, 2, [], work) for agent, seeds in (("sac", [1, 2]), ("td3", [2]))]
+    assert [campaign.run(*coordinates) for coordinates in runs] == [[], []]
+    assert len(list((work / "runs").iterdir())) == 3
     about = json.loads((tmp_path / "results" / "tiny" / "Pendulum-v1" / "td3-2.json").read_text())
     assert about["args"]["gamma"] == 0.9 and about["args"]["seed"] == 2 and about["versions"]["torch"]
 
@@ -77,11 +83,11 @@ def test_a_campaign_runs_skips_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(
         campaign.subprocess, "Popen", lambda command, **k: (started.append(command), start(command, **k))[1]
     )
-    assert campaign.run(*everything) == [] and started == []  # all finished
+    assert [campaign.run(*coordinates) for coordinates in runs] == [[], []] and started == []  # all finished
     longer = ["--total-timesteps", "45"]
-    assert campaign.run("tiny", ["sac"], ["Pendulum-v1"], [1, 2], 2, longer, work) == []
-    assert len(started) == 2 and all("--resume" in command for command in started)
-    assert sorted(campaign.last_step(folder) for folder in (work / "runs").iterdir()) == [30, 30, 45, 45]
+    assert campaign.run("tiny", ["sac"], ["Pendulum-v1"], [1], 2, longer, work) == []
+    assert len(started) == 1 and "--resume" in started[0]
+    assert sorted(campaign.last_step(folder) for folder in (work / "runs").iterdir()) == [30, 30, 45]
 
     campaign.draw("tiny")
     assert (tmp_path / "results" / "tiny" / "curves.png").stat().st_size > 5000
@@ -115,13 +121,10 @@ def test_results_were_made_with_the_profiles_flags(profile):
         args = json.loads(path.read_text())["args"]
         if "noise_scale" in args:  # from before lambda was the temperature
             args["exploration_noise"] = args["noise_scale"] * args["lambda_start"]
-        flags = campaign.flags_of(profile, path.stem.rsplit("-", 1)[0])
-        expected = {}  # of a flag that comes twice, the last one
-        for name, value in zip(flags, flags[1:] + ["--"]):
-            if name.startswith("--"):
-                value = not name.startswith("--no-") if value.startswith("--") else value
-                expected[name.removeprefix("--").removeprefix("no-").replace("-", "_")] = value
-        for name, value in expected.items():
-            assert args[name] == type(args[name])(value), (path.name, name)
+        agent = path.stem.rsplit("-", 1)[0]
+        module = importlib.import_module(campaign.script_of(agent))
+        expected = vars(tyro.cli(module.Args, args=campaign.flags_of(profile, agent)))
+        for name in expected.keys() - {"exp_name", "env_id", "seed", "checkpoint_frequency"}:
+            assert args[name] == expected[name], (path, name)
         with open(path.with_suffix(".csv")) as file:
             assert [int(row["step"]) for row in csv.DictReader(file)][-1] >= args["total_timesteps"]

@@ -13,7 +13,10 @@ import pytest
 import torch
 from conftest import RL_SCRIPTS, ROOT, SMALL, environment, evaluations, load, run_folder
 
-SHORT = "--num-envs 5 --total-timesteps 1000 --learning-starts 800 --eval-frequency 500 --eval-episodes 2 --seed 3"
+pytestmark = pytest.mark.xdist_group("cli")  # in one process, for `finished`
+
+# As many evaluation episodes as environments: one shape less to compile
+SHORT = "--num-envs 5 --total-timesteps 1000 --learning-starts 800 --eval-frequency 500 --eval-episodes 5 --seed 3"
 
 each_script = pytest.mark.parametrize("script", RL_SCRIPTS)
 
@@ -84,19 +87,19 @@ def test_help(inside, tmp_path, script):
 
 
 @each_script
-def test_evaluate_prints_the_returns_and_stops(run, finished, tmp_path, script):
+def test_evaluate_prints_the_returns_and_stops(run, inside, finished, tmp_path, script):
     folder = finished(script).folder
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    process = run(script, "--evaluate", folder, "--eval-episodes", 2)
+    process = (run if script == "sdac" else inside)(script, "--evaluate", folder)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("episode ") == 2 and "mean" in process.stdout
+    assert process.stdout.count("episode ") == 5 and "mean" in process.stdout
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()} and not list(tmp_path.iterdir())
 
 
 @each_script
-def test_resume_goes_on_in_the_same_folder(run, copied, tmp_path, script):
+def test_resume_goes_on_in_the_same_folder(run, inside, copied, tmp_path, script):
     folder = copied(script)
-    process = run(script, "--resume", folder, "--total-timesteps", 1500)
+    process = (run if script == "sdac" else inside)(script, "--resume", folder, "--total-timesteps", 1500)
     assert process.returncode == 0, process.stderr
     assert [row[:2] for row in evaluations(folder)] == [[500, 0], [1000, 40], [1500, 140]]
     assert load(folder)["updates"] == 140 and not (tmp_path / "runs").exists()
@@ -108,12 +111,6 @@ def test_a_finished_run_has_nothing_to_resume(inside, copied, steps):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     refused(inside("sac", "--resume", folder, "--total-timesteps", steps), "has made 1000 steps", str(steps))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_without_docstrings(tmp_path):
-    command = [sys.executable, "-OO", str(ROOT / "sac.py"), "--help"]
-    process = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.skipif(not ctypes.util.find_library("OSMesa"), reason="no OSMesa on this machine")
@@ -136,14 +133,15 @@ def test_capture_video_without_opengl(run, tmp_path):
 
 
 def test_track_offline(run, tmp_path):
-    process = run("td3", *short("td3"), "--track", WANDB_MODE="offline")
+    process = run("td3", *short("td3"), "--no-compile", "--track", WANDB_MODE="offline")
     assert process.returncode == 0, process.stderr
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(evaluations(run_folder(tmp_path))) == 2
 
 
 def test_track_without_a_login(run, tmp_path):
-    process = run("td3", *short("td3"), "--track", WANDB_MODE="online", WANDB_API_KEY="", HOME=str(tmp_path / "home"))
+    variables = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path / "home")}
+    process = run("td3", *short("td3"), "--no-compile", "--track", **variables)
     refused(process, "--track", "WANDB_MODE=offline")
     assert not (tmp_path / "runs").exists()
 
@@ -222,9 +220,7 @@ def test_bad_input_is_refused(inside, tmp_path, arguments, words):
     "script, arguments, word",
     [
         ("sdac", "--gamma 1.5", "gamma"),
-        ("sac", "--gama 1", "--gamma"),
         ("td3", "--env-id Huamnoid-v4", "Humanoid"),
-        ("qsm", "--resume nowhere", "nowhere"),
     ],
 )
 def test_bad_input_to_a_subprocess(run, tmp_path, script, arguments, word):

@@ -15,7 +15,7 @@ import td3
 AGENTS = {sdac: sdac.SDAC, qsm: qsm.QSM, sac: sac.SAC, td3: td3.TD3}
 SIZES = {
     # More rows than the 1024 of one chunk: 100 states, with so many rows each, are cut into 21, 21, 21, 21 and 16
-    sdac: dict(hidden_size=32, num_particles=48, num_reverse_samples=48, diffusion_steps=2, lambda_frequency=3),
+    sdac: dict(hidden_size=32, num_particles=48, target_particles=48, num_reverse_samples=48, diffusion_steps=2),
     qsm: dict(hidden_size=32, diffusion_steps=2),
     sac: dict(hidden_size=32),
     td3: dict(hidden_size=32),

@@ -15,7 +15,7 @@ VARIANTS = [
     (qsm, qsm.QSM, {}),
     (sdac, sdac.SDAC, {}),
     (sdac, sdac.SDAC, {"soft_critic": True}),
-    (sdac, sdac.SDAC, {"proposal": "replay", "target_particles": 1, "bounded_reverse_sampling": True}),
+    (sdac, sdac.SDAC, {"proposal": "policy", "target_particles": 4, "bounded_reverse_sampling": False}),
 ]
 
 

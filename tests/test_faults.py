@@ -21,13 +21,13 @@ import sac
 
 # Without an end, on a real task; the networks are those of test_cli.py and already compiled
 ENDLESS = [*SMALL["sac"].split(), "--env-id", "Hopper-v4", "--num-envs", "5", "--learning-starts", "800"]
-ENDLESS += ["--eval-frequency", "500", "--eval-episodes", "2", "--checkpoint-frequency", "1000000000"]
+ENDLESS += ["--eval-frequency", "500", "--eval-episodes", "5", "--checkpoint-frequency", "1000000000"]
 ENDLESS += ["--total-timesteps", "1000000000"]
 
 # A scripted task with large observations; a good part of such a run is spent on writing checkpoints
 WRITING = (
-    "--env-id scripted:Wide-v0 --device cpu --hidden-size 8 --batch-size 8 --num-envs 2 --learning-starts 100"
-    " --eval-frequency 50 --eval-episodes 1 --buffer-size 1000 --checkpoint-frequency 70"
+    "--env-id scripted:Wide-v0 --no-compile --device cpu --hidden-size 8 --batch-size 8 --num-envs 2"
+    " --learning-starts 100 --eval-frequency 50 --eval-episodes 1 --buffer-size 1000 --checkpoint-frequency 70"
 ).split()
 
 # Scripted tasks in this process
@@ -79,7 +79,7 @@ def goes_on(inside, folder, *arguments):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_write_a_checkpoint_first(start, inside, tmp_path, number):
-    process = start(*ENDLESS)
+    process = start(*ENDLESS, "--compile" if number == signal.SIGTERM else "--no-compile")
     wait(lambda: evaluated(tmp_path, 1000), process)  # it learns
     process.send_signal(number)
     output = "".join(process.communicate(timeout=100))
@@ -217,14 +217,14 @@ def test_stdout_closed(tmp_path):
 
 @pytest.mark.parametrize("redirection", ["2>&-", ">&-", ">&- 2>&-"])
 def test_a_stream_closed_from_the_start(tmp_path, redirection):
-    command = f"{sys.executable} {ROOT / 'sac.py'} {' '.join(WRITING)} --no-compile --total-timesteps 200 {redirection}"
+    command = f"{sys.executable} {ROOT / 'sac.py'} {' '.join(WRITING)} --total-timesteps 200 {redirection}"
     process = subprocess.run(command, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert load(run_folder(tmp_path))["step"] == 200
 
 
 def test_a_full_standard_output_leaves_no_run_folder(tmp_path):
-    command = f"{sys.executable} {ROOT / 'sac.py'} {' '.join(WRITING)} --no-compile > /dev/full"
+    command = f"{sys.executable} {ROOT / 'sac.py'} {' '.join(WRITING)} > /dev/full"
     process = subprocess.run(command, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert process.returncode != 0 and not (tmp_path / "runs").exists()
 
@@ -322,9 +322,9 @@ def trained(inside, tmp_path):
     return run_folder(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["args.json", "evaluations.csv", f"args.json.{os.getpid()}"])
+@pytest.mark.parametrize("name", ["args.json", "evaluations.csv", "args.json.{pid}"])
 def test_links_in_a_strangers_folder_lead_nothing_astray(inside, trained, tmp_path, name):
-    victim = tmp_path / "victim"
+    victim, name = tmp_path / "victim", name.format(pid=os.getpid())
     victim.write_bytes((trained / name).read_bytes() if (trained / name).exists() else b"")
     before = victim.read_bytes()
     (trained / name).unlink(missing_ok=True)

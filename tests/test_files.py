@@ -52,6 +52,12 @@ def test_scripts_import_nothing_from_this_repository(script):
     assert not own & imports(script)
 
 
+@each_script
+def test_nothing_depends_on_docstrings(script):
+    """`python -OO` strips them."""
+    assert "__doc__" not in source(script)
+
+
 @each_rl_script
 @pytest.mark.parametrize("block", ["TOOLS: .*?^# ALGO LOGIC: the agent", "HARNESS: .*^# ==== END OF HARNESS"])
 def test_tools_and_harness_are_the_same_text(script, block):
@@ -101,10 +107,10 @@ def requirements():
     return pins(needed.splitlines()), pins(for_tests.splitlines())
 
 
-def test_requirements_are_exact_and_the_tests_need_only_pytest_besides():
+def test_requirements_are_exact_and_the_tests_need_little_besides():
     needed, for_tests = requirements()
     assert all("==" in pin for pin in [*needed.values(), *for_tests.values()])
-    assert list(for_tests) == ["pytest"]
+    assert list(for_tests) == ["pytest", "pytest-xdist"]
 
 
 # Behind gymnasium, SummaryWriter, --track and --capture-video

@@ -11,11 +11,13 @@ a mean over reverse samples whose weights add up to 1, so its gradient has a fac
 the step are not compared, as Adam's epsilon is another one beside such a gradient. Exploration noise is zero here, as
 it was switched off there.
 
-QSM (T = 5, M_q = 50): the schedule, the mean of the critics' targets, a_t, the critics' gradient, the regression target,
-eps_theta, the policy's loss, and all weights after the step.
+QSM (T = 5, M_q = 50): the schedule, the mean of the critics' targets, a_t, the critics' gradient, the target of the
+regression, eps_theta, the policy's loss, and all weights after the step.
 """
 
+import dataclasses
 import math
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -23,11 +25,13 @@ import numpy as np
 import pairs
 import pytest
 import torch
+import tyro
 
 import qsm
 import sdac
 
 GOLDEN = Path(__file__).parent / "golden"
+OFFICIAL = tyro.cli(sdac.Args, args=re.search("official defaults are `(.*?)`", sdac.__doc__, re.S)[1].split())
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +94,9 @@ class OfficialSDAC:
     def __init__(self):
         self.recorded = recorded = recording("sdac")
         obs_dim, action_dim, hidden, n, steps, m, _ = recorded["sizes"].tolist()
-        sizes = dict(hidden_size=hidden, num_particles=n, diffusion_steps=steps, num_reverse_samples=m)
-        self.agent = sdac.SDAC(obs_dim, action_dim, sdac.Args(**sizes))
+        sizes = dict(hidden_size=hidden, num_particles=n, target_particles=n, diffusion_steps=steps)
+        args = dataclasses.replace(OFFICIAL, **sizes, num_reverse_samples=m)
+        self.agent = sdac.SDAC(obs_dim, action_dim, args)
         load(self.agent.policy, official_layers(recorded, "before", SDAC_POLICY))
         load(self.agent.ema_policy, official_layers(recorded, "before", SDAC_POLICY))
         load(self.agent.critics, official_twins(recorded, "before/q1", "before/q2", SDAC_CRITIC))

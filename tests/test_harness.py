@@ -69,7 +69,7 @@ def test_buffer_holds_the_true_transitions_at_termination_and_truncation(train):
 
 
 def test_actions_are_played_in_the_environments_box_and_stored_in_the_unit_box(train):
-    """Exploration noise of ten times the box shows that they are clipped before both, and that evaluations have none."""
+    """Exploration noise of ten times the box shows that they are clipped before both, and evaluations have none."""
     folder = train("run", "--seed 8 --eval-frequency 1000 --exploration-noise 10", script="td3")
     stored = load(folder)["buffer"]["columns"][1].numpy()
     random, learned = np.abs(stored[:30]), np.abs(stored[30:])
@@ -331,7 +331,7 @@ def test_the_changed_agent_of_the_readme(monkeypatch, tmp_path):
 def test_the_commands_of_the_readme_are_understood():
     text = "".join(block.replace("\\\n", "") for block in blocks(""))
     commands = [line.split() for line in text.splitlines() if re.match(r"python \w+\.py", line)]
-    assert len(commands) >= 6
+    assert len(commands) >= 5
     for _, script, *flags in commands:
         tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
 
@@ -352,10 +352,11 @@ def test_the_policy_file_acts_as_the_trained_agent(train, script):
     agent = Agent(3, 2, args)
     agent.load_state_dict(torch.load(folder / "policy.pt", weights_only=True))
     observations = torch.tensor([[0.0, 1.0, 2.0], [3.0, 2.0, 1.0]])
-    torch.manual_seed(0)
-    expected = trained[0].act(observations, explore=False)
-    torch.manual_seed(0)
-    assert torch.equal(agent.act(observations, explore=False), expected)
+    with torch.compiler.set_stance("force_eager"):
+        torch.manual_seed(0)
+        expected = trained[0].act(observations, explore=False)
+        torch.manual_seed(0)
+        assert torch.equal(agent.act(observations, explore=False), expected)
     assert not equal(agent.state_dict(), Agent(3, 2, args).state_dict())
 
 

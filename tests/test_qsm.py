@@ -161,7 +161,8 @@ def exact_noise(a_t, signal, noise):
 
 def rssm_target(schedule, a_t, t, m=100_000):
     """The target of sdac.py on this schedule, with quantiles for random reverse samples: sums are integrals."""
-    agent = sdac.SDAC(1, 1, sdac.Args(hidden_size=1, num_reverse_samples=m, temperature=1.0))
+    args = sdac.Args(hidden_size=1, num_reverse_samples=m, temperature=1.0, bounded_reverse_sampling=False)
+    agent = sdac.SDAC(1, 1, args)
     agent.schedule.sqrt_abar = schedule.sqrt_abar
     agent.schedule.reverse_std = schedule.sqrt_1m_abar / schedule.sqrt_abar
     quantiles = torch.special.ndtri((torch.arange(m) + 0.5) / m)[None, :, None].expand(len(a_t), -1, -1)

@@ -268,11 +268,12 @@ def test_initial_weights():
     "changes",
     [
         {},
+        {"proposal": "policy", "target_particles": 3, "bounded_reverse_sampling": False, "temperature": 1.0},
         {"num_particles": 1},
-        {"target_particles": 1, "temperature": 0.1},
+        {"target_particles": 2},
         {"soft_critic": True},
-        {"bounded_reverse_sampling": True},
-        {"proposal": "replay"},
+        {"bounded_reverse_sampling": False},
+        {"proposal": "policy"},
         {"policy_lr_decay_begin": 1, "policy_lr_decay_end": 3, "lambda_frequency": 2},
     ],
     ids=str,
@@ -301,7 +302,7 @@ def test_random_numbers_are_standard(bounded):
 
 @pytest.mark.parametrize("explore", [True, False])
 def test_acting_equals_the_oracle_with_the_moving_average_policy(explore):
-    agent, oracle = make(target_particles=1, exploration_noise=0.3)
+    agent, oracle = make(exploration_noise=0.3)
     pairs.assert_same_actions(agent, oracle, torch.randn(9, 4), explore)
 
 

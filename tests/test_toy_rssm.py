@@ -114,11 +114,11 @@ def test_dsm_learns_the_closed_form_score_of_a_gaussian():
 @pytest.mark.parametrize("sigma", [0.1, 0.4])
 def test_idem_score_is_the_noised_score_for_large_k_and_biased_for_small(sigma):
     target = toy.make_target("gmm")
-    x = target.sample(64) + sigma * torch.randn(64, 2)
-    exact, sigmas = noised_score(target, x, 1.0, sigma), torch.full((64, 1), sigma)
+    x = target.sample(16) + sigma * torch.randn(16, 2)
+    exact, sigmas = noised_score(target, x, 1.0, sigma), torch.full((16, 1), sigma)
 
     def bias(k, repeats):
-        estimates = [toy.idem_score(target.energy_gradient, x, sigmas, torch.randn(64, k, 2)) for _ in range(repeats)]
+        estimates = [toy.idem_score(target.energy_gradient, x, sigmas, torch.randn(16, k, 2)) for _ in range(repeats)]
         return ((torch.stack(estimates).mean(0) - exact).norm() / exact.norm()).item()
 
     assert bias(50_000, 8) < 0.1

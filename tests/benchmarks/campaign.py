@@ -27,11 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "results"
 COLOURS = {"sdac": "#d1495b", "qsm": "#edae49", "sac": "#00798c", "td3": "#6a4c93"}
 
-# SDAC for CPUs, and its protocol: 194,000 updates follow the random steps.
-CHEAP = (
-    "--proposal replay --target-particles 1 --bounded-reverse-sampling --temperature 0.05"
-    " --num-reverse-samples 16 --num-particles 16"
+# SDAC as the official code runs it, from the docstring of sdac.py
+OFFICIAL = (
+    "--temperature 1 --target-particles 32 --num-particles 32 --num-reverse-samples 64"
+    " --proposal policy --no-bounded-reverse-sampling"
 )
+# The protocol of its paper: 194,000 updates follow the random steps.
 PROTOCOL = "--num-envs 5 --updates-per-step 1 --total-timesteps 1000000 --learning-starts 30000"
 
 # Profiles: flags for all, and agents with what differs for one of them. An agent is SCRIPT or SCRIPT-VARIANT.
@@ -40,45 +41,46 @@ PROFILES = {
         "tasks": ["HalfCheetah-v4", "Humanoid-v4", "Ant-v4", "Walker2d-v4"],
         "seeds": [1, 2, 3],
         "flags": f"{PROTOCOL} --eval-frequency 20000 --eval-episodes 10",
-        "agents": {"sdac": CHEAP, "qsm": "--q-gradient-scale 5", "sac": "", "td3": ""},
+        "agents": {"sdac": "", "qsm": "--q-gradient-scale 5", "sac": "", "td3": ""},
     },
-    # To choose SDAC's variant and QSM's M_q by: 30,000 updates, and one thing changed at a time.
+    # To choose SDAC's defaults and QSM's M_q by: 30,000 updates, and one thing changed at a time.
     "pilots": {
         "tasks": ["HalfCheetah-v4", "Humanoid-v4"],
         "seeds": [1],
         "flags": f"{PROTOCOL} --total-timesteps 180000 --eval-frequency 20000 --eval-episodes 10",
         "agents": {
-            "sdac": CHEAP,
-            "sdac-t01": f"{CHEAP} --temperature 0.01",
-            "sdac-M64": f"{CHEAP} --num-reverse-samples 64",
-            "sdac-M32": f"{CHEAP} --num-reverse-samples 32",
-            "sdac-N32": f"{CHEAP} --num-particles 32",
-            "sdac-N4": f"{CHEAP} --num-particles 4",
-            "sdac-target4": f"{CHEAP} --target-particles 4",
-            "sdac-unbounded": f"{CHEAP} --no-bounded-reverse-sampling",
-            "sdac-noise002": f"{CHEAP} --exploration-noise 0.1",
+            "sdac": "",
+            "sdac-t01": "--temperature 0.01",
+            "sdac-M64": "--num-reverse-samples 64",
+            "sdac-M32": "--num-reverse-samples 32",
+            "sdac-N32": "--num-particles 32",
+            "sdac-N4": "--num-particles 4",
+            "sdac-target4": "--target-particles 4",
+            "sdac-unbounded": "--no-bounded-reverse-sampling",
+            "sdac-noise002": "--exploration-noise 0.1",
             "sac": "",
             "qsm-q5": "--q-gradient-scale 5",
             "qsm-q50": "--q-gradient-scale 50",
             "qsm-q120": "--q-gradient-scale 120",
         },
     },
-    # To choose SDAC's defaults by: 100,000 updates, long enough to tell one change from another.
+    # To choose better ones by: 100,000 updates, long enough to tell one change from another.
     "screening": {
         "tasks": ["HalfCheetah-v4"],
         "seeds": [1, 2],
         "flags": f"{PROTOCOL} --total-timesteps 530000 --eval-frequency 20000 --eval-episodes 10",
         "agents": {
-            "sdac-T10": f"{CHEAP} --diffusion-steps 10",
-            "sdac-T5": f"{CHEAP} --diffusion-steps 5",
-            "sdac-T5-target4": f"{CHEAP} --diffusion-steps 5 --target-particles 4",
-            "sdac-M64": f"{CHEAP} --num-reverse-samples 64",
-            "sdac-T5-warm": f"{CHEAP} --diffusion-steps 5 --target-particles 8 --temperature 0.25",
-            "sdac-lr": f"{CHEAP} --policy-lr-end 3e-4",
-            "sdac-N32": f"{CHEAP} --num-particles 32",
-            "sdac-N4": f"{CHEAP} --num-particles 4",
-            "sdac-held005": f"{CHEAP} --lambda-lr 0 --exploration-noise 0.1",
-            "sdac-held001": f"{CHEAP} --lambda-lr 0 --exploration-noise 0.1 --temperature 0.01",
+            "sdac-T10": "--diffusion-steps 10",
+            "sdac-T5": "--diffusion-steps 5",
+            "sdac-T5-target4": "--diffusion-steps 5 --target-particles 4",
+            "sdac-M64": "--num-reverse-samples 64",
+            "sdac-T5-warm": "--diffusion-steps 5 --target-particles 8 --temperature 0.25",
+            "sdac-lr": "--policy-lr-end 3e-4",
+            "sdac-N32": "--num-particles 32",
+            "sdac-N4": "--num-particles 4",
+            "sdac-held005": "--lambda-lr 0 --exploration-noise 0.1",
+            "sdac-held001": "--lambda-lr 0 --exploration-noise 0.1 --temperature 0.01",
+            "sdac-official": OFFICIAL,
         },
     },
     # The same with every default, on the paper's ten tasks: for GPUs.
@@ -91,14 +93,14 @@ PROFILES = {
         "flags": f"{PROTOCOL} --eval-frequency 10000 --eval-episodes 20",
         "agents": {"sdac": "", "qsm": "", "sac": "", "td3": ""},
     },
-    # Minutes on two cores: small networks, larger learning rates, and for SDAC the cheap and cold variant.
+    # Minutes on two cores: small networks, larger learning rates, and SDAC cold, with its reverse samples clipped.
     "quick": {
         "tasks": ["InvertedPendulum-v4", "InvertedDoublePendulum-v4", "Reacher-v4"],
         "seeds": [1, 2, 3],
         "flags": "--num-envs 1 --total-timesteps 12000 --learning-starts 1000 --hidden-size 64 --batch-size 128"
         " --tau 0.02 --eval-frequency 1000 --eval-episodes 10 --checkpoint-frequency 4000 --device cpu",
         "agents": {
-            "sdac": "--proposal replay --target-particles 1 --temperature 0.01 --exploration-noise 0.15 --diffusion-steps 10"
+            "sdac": "--no-bounded-reverse-sampling --temperature 0.01 --exploration-noise 0.15 --diffusion-steps 10"
             " --num-particles 8 --num-reverse-samples 32 --q-lr 1e-3 --policy-lr 1e-3",
             "qsm": "--q-gradient-scale 0.5 --q-lr 1e-3 --policy-lr 1e-3",
             "sac": "--q-lr 1e-3 --policy-lr 1e-3",
@@ -115,6 +117,10 @@ PUBLISHED = {
     "Ant-v4": {"td3": 4584, "sac": 5031, "sdac": 1405},
     "Walker2d-v4": {"td3": 3514, "sac": 4888, "qsm": 3613, "sdac": 4251},
 }
+
+# The official SDAC code's return, run by others: the larger of CGPO's figures above and of BootFlow's README (v4 tasks,
+# the official protocol; Humanoid-v4 with 5,000,000 steps).
+OFFICIAL_RETURN = {"HalfCheetah-v4": 11765, "Humanoid-v4": 5359, "Ant-v4": 1405, "Walker2d-v4": 4251}
 
 
 def flags_of(profile, agent):
@@ -253,20 +259,22 @@ def in_words(values):
 
 
 def table(profile):
-    """Markdown: last and best evaluation of every agent on every task, and what others published."""
+    """Markdown: the mean of the last five evaluations, the last and the best of every agent on every task, and what
+    others published."""
     if profile == "pilots":
         return table_of_updates(profile)
     if profile == "screening":
         return table_of_scores(profile)
     published = profile == "locomotion"
-    lines = ["| task | script | last evaluation | best evaluation | minutes |" + " published |" * published]
-    lines += ["| --- |" + " --- |" * (4 + published)]
+    lines = ["| task | script | last five evaluations | last | best | minutes |" + " published |" * published]
+    lines += ["| --- |" + " --- |" * (5 + published)]
     for task, agents in load(profile).items():
         for agent, seeds in agents.items():
             seeds, (script, _, variant) = seeds.values(), agent.partition("-")
-            last, best = ([pick(rows) for rows in seeds] for pick in (lambda r: r[-1]["mean"], best_of))
+            means = [[row["mean"] for row in rows] for rows in seeds]
             minutes = sum(rows[-1]["seconds"] for rows in seeds) / len(seeds) / 60
-            cells = [task, f"`{script}.py` {variant}".strip(), in_words(last), in_words(best)]
+            cells = [task, f"`{script}.py` {variant}".strip(), in_words([sum(m[-5:]) / 5 for m in means])]
+            cells += [in_words([m[-1] for m in means]), in_words([max(m) for m in means])]
             cells += [f"{minutes:.0f}" if minutes >= 10 else f"{minutes:.1f}"]
             cells += [str(PUBLISHED[task].get(agent, ""))] if published else []
             lines.append(f"| {' | '.join(cells)} |")
@@ -316,13 +324,15 @@ def table_of_scores(profile):
     return "\n".join(lines) + "\n"
 
 
-def best_of(rows):
-    return max(row["mean"] for row in rows)
+def running_mean(values):
+    """Of each value and those before it, in a window of a tenth of their number."""
+    width = max(len(values) // 10, 1)
+    return [sum(values[max(i - width, 0) : i]) / min(i, width) for i in range(1, len(values) + 1)]
 
 
 def draw(profile):
-    """The table; and one picture: a column per task, over steps above and over minutes below; mean and one standard
-    deviation. No picture of the pilots, whose minutes say nothing."""
+    """The table; and one picture: a column per task, over steps above and over minutes below; evaluations, faint, and
+    their running mean with the seeds' standard deviation. No picture of the pilots, whose minutes say nothing."""
     (RESULTS / profile / "table.md").write_text(table(profile))
     if profile in ("pilots", "screening"):
         return
@@ -344,21 +354,27 @@ def draw(profile):
     for (task, agents), (by_steps, by_time) in zip(runs.items(), axes.T):
         for agent, seeds in agents.items():
             seeds = list(seeds.values())
-            rows = [[rows[i] for rows in seeds] for i in range(min(map(len, seeds)))]
-            statistics = [mean_and_std([row["mean"] for row in same]) for same in rows]
+            length = min(map(len, seeds))
+            evaluations = [[row["mean"] for row in rows[:length]] for rows in seeds]
+            statistics = [mean_and_std(same) for same in zip(*map(running_mean, evaluations))]
             means = [mean for mean, _ in statistics]
             low, high = [mean - std for mean, std in statistics], [mean + std for mean, std in statistics]
-            name = "SDAC (cheap variant)" if (profile, agent) == ("locomotion", "sdac") else agent.upper()
-            label = f"{name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
-            for axis, x in (
-                (by_steps, [same[0]["step"] / 1000 for same in rows]),
-                (by_time, [sum(row["seconds"] for row in same) / len(same) / 60 for same in rows]),
-            ):
+            label = f"{agent.upper()}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+            steps = [row["step"] / 1000 for row in seeds[0][:length]]
+            seconds = zip(*([row["seconds"] for row in rows] for rows in seeds))
+            minutes = [sum(same) / len(same) / 60 for same in seconds]
+            for axis, x in ((by_steps, steps), (by_time, minutes)):
                 (line,) = axis.plot(x, means, color=COLOURS.get(agent), label=label, linewidth=1.5)
-                axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+                axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+                for values in evaluations:
+                    axis.plot(x, values, color=line.get_color(), alpha=0.3, linewidth=0.6)
+        if profile == "locomotion":
+            for axis in (by_steps, by_time):
+                axis.axhline(OFFICIAL_RETURN[task], color="grey", linewidth=0.8, zorder=1, label="official SDAC")
+            by_time.set(xscale="log", xlim=(1, None))
         by_steps.set(title=task, xlabel="environment steps / 1000")
         by_time.set(xlabel="minutes, training and evaluation")
-        by_steps.legend(fontsize=7.5, frameon=False, handlelength=1)
+        by_steps.legend(fontsize=7.5, handlelength=1, edgecolor="none", borderpad=0.1)
     for row in axes:
         row[0].set(ylabel="evaluation return")
     figure.savefig(RESULTS / profile / "curves.png", dpi=110)

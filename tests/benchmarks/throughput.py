@@ -10,9 +10,9 @@ training loop and the share of it spent outside `update`; seconds of the first u
 peak memory of a process that updates from a full buffer of 1,000,000 transitions. For SDAC also the arithmetic that an
 update needs, and the rate at which it gets done beside the rate of the same matrix products alone.
 
-Each script updates from random transitions of the task's sizes with its default arguments, and draws its own noise;
-the oracle is given noise, and always samples the policy twice, as the official code does. Every row has a process of
-its own. Run nothing else meanwhile.
+Each script updates from random transitions of the task's sizes with its default arguments (sdac-official: those of the
+official code), and draws its own noise; the oracle is given noise, and always computes the policy's loss, as the
+official code does. Every row has a process of its own. Run nothing else meanwhile.
 """
 
 import argparse
@@ -33,21 +33,28 @@ import unittest.mock
 from pathlib import Path
 
 import torch
+import tyro
 
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+import campaign  # noqa: E402
 import pairs  # noqa: E402
 
 AGENTS = {"sdac": "SDAC", "qsm": "QSM", "sac": "SAC", "td3": "TD3"}
+ROWS = ["sdac", "sdac-official", "qsm", "sac", "td3"]  # a script, and a name for other flags than its defaults
+FLAGS = {"sdac-official": campaign.OFFICIAL.split()}
+UPDATES = {"sdac": 20, "sdac-official": 4}  # in a round; of the others, 100
 SIZES = {"Hopper-v4": (11, 3), "Humanoid-v4": (376, 17)}  # dimensions of observations and actions
 
 
-def make(script, task, device, **changes):
+def make(name, task, device):
     """A script's module, its agent, and a batch."""
+    script = campaign.script_of(name)
     module = importlib.import_module(script)
     torch._dynamo.config.trace_autograd_ops = True  # as `main` does
     torch.manual_seed(0)
-    agent = getattr(module, AGENTS[script])(*SIZES[task], module.Args(**changes)).to(device)
+    args = tyro.cli(module.Args, args=FLAGS.get(name, []))
+    agent = getattr(module, AGENTS[script])(*SIZES[task], args).to(device)
     batch = pairs.random_batch(module, agent.args.batch_size, *SIZES[task])
     return module, agent, module.Batch(*(column.to(device) for column in batch))
 
@@ -84,8 +91,9 @@ def seconds_per_update(functions, updates, rounds, device):
     return {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round warms up
 
 
-def loop(script, task, device, updates):
+def loop(name, task, device, updates):
     """Steps per second of the training loop, and the share of the time outside `update`."""
+    script = campaign.script_of(name)
     module = importlib.import_module(script)
     sampled, spent = [], []  # when each update's batch is drawn, and how long the update itself takes
 
@@ -110,7 +118,7 @@ def loop(script, task, device, updates):
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
         unittest.mock.patch.object(module, "ReplayBuffer", Buffer),
-        unittest.mock.patch.object(sys, "argv", [f"{script}.py", *flags.split()]),
+        unittest.mock.patch.object(sys, "argv", [f"{script}.py", *flags.split(), *FLAGS.get(name, [])]),
     ):
         module.main(Timed)
     first = updates // 4  # the ones before it compile
@@ -125,12 +133,12 @@ def in_new_process(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def start(script, task, device):
+def start(name, task, device):
     """Seconds of the first update, and peak memory after 20 updates from a full buffer."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         device = torch.device(device)
-        module, agent, batch = make(script, task, device)
+        module, agent, batch = make(name, task, device)
         start = time.perf_counter()
         agent.update(batch)
         if device.type == "cuda":
@@ -147,13 +155,17 @@ def start(script, task, device):
 
 def sdac_gflop(obs_dim, d, args):
     """Arithmetic of one SDAC update after the exact savings of its docstring, averaged over the policy's delay."""
-    b, n, m, h = args.batch_size, args.num_particles, args.num_reverse_samples, args.hidden_size
+    b, m, h = args.batch_size, args.num_reverse_samples, args.hidden_size
     policy, critic = 2 * (d * h + 2 * h * h + h * d), 2 * (d * h + 2 * h * h + h)  # per row, without the state's share
     state = 2 * obs_dim * h  # per state
-    sampling = b * state + b * n * args.diffusion_steps * policy + 2 * (b * state + b * n * critic)
+
+    def sampling(n):
+        return b * state + b * n * args.diffusion_steps * policy + 2 * (b * state + b * n * critic)
+
     critics = 2 * (b * (state + critic) + 3 * b * (state + critic))  # targets, and forward and backward
+    proposal = sampling(args.num_particles) if args.proposal == "policy" else 0
     rssm = 2 * (b * state + b * m * critic) + 3 * b * (state + policy)
-    return (sampling + critics + (sampling + rssm) / args.policy_frequency) / 1e9
+    return (sampling(args.target_particles) + critics + (proposal + rssm) / args.policy_frequency) / 1e9
 
 
 def matrix_products(d, h, device):
@@ -176,35 +188,35 @@ def matrix_products(d, h, device):
     return {"square": square, "step": step}, gflop
 
 
-def row(script, task, device, rounds):
+def row(name, task, device, rounds):
     """Cells of the table but for those of `start`, and for SDAC a note on its arithmetic."""
     torch.set_flush_denormal(True)  # as the scripts do
     device = torch.device(device)
-    _, fast, batch = make(script, task, device)
-    _, plain, _ = make(script, task, device)
+    _, fast, batch = make(name, task, device)
+    _, plain, _ = make(name, task, device)
     functions = {"fast": lambda _: fast.update(batch), "plain": lambda _: plainly(plain.update)(batch)}
-    updates = dict.fromkeys(functions, 4 if script == "sdac" else 100)
+    updates = dict.fromkeys(functions, UPDATES.get(name, 100))
     if device.type == "cpu":  # the oracle is written for the CPU
         functions["oracle"] = oracle_updater(plain, batch)
-        updates["oracle"] = 2 if script == "sdac" else 20
-    if script == "sdac":  # about an update's worth of matrix products in each round
+        updates["oracle"] = max(UPDATES.get(name, 100) // 5, 2)
+    if name in UPDATES:  # about an update's worth of matrix products in each round
         products, gflop = matrix_products(SIZES[task][1], fast.args.hidden_size, device)
         functions |= products
         updates |= {"square": 600, "step": 300}
     seconds = seconds_per_update(functions, updates, rounds, device)
     oracle = seconds.get("oracle", float("nan"))
-    steps, outside = loop(script, task, device, 40 if script == "sdac" else 1000)
-    cells = [f"`{script}.py`", task]
+    steps, outside = loop(name, task, device, 10 * UPDATES.get(name, 100))
+    cells = [f"`{campaign.script_of(name)}.py` {name.partition('-')[2]}".strip(), task]
     cells += [f"{1 / seconds['fast']:.3g}", f"{1 / seconds['plain']:.3g}", f"{1 / oracle:.3g}"]
     cells += [f"{oracle / seconds['fast']:.2f}", f"{oracle / seconds['plain']:.2f}", f"{steps:.3g}"]
     cells += ["" if outside is None else f"{100 * outside:.0f} %"]
-    if script != "sdac":
+    if name not in UPDATES:
         return cells, ""
     needed = sdac_gflop(*SIZES[task], fast.args)
-    rates = {name: gflop[name] / seconds[name] for name in gflop}
+    rates = {products: gflop[products] / seconds[products] for products in gflop}
     rate, h = needed / seconds["fast"], fast.args.hidden_size
     return cells, (
-        f"SDAC, {task}: {needed:.0f} GFLOP per update at {rate:.0f} GFLOP/s. In the same rounds the matrix "
+        f"{name}, {task}: {needed:.3g} GFLOP per update at {rate:.0f} GFLOP/s. In the same rounds the matrix "
         f"products of a denoising step alone ran at {rates['step']:.0f} ({rate / rates['step']:.0%}), "
         f"those of {h} x {h} weights at {rates['square']:.0f} ({rate / rates['square']:.0%}).\n"
     )
@@ -212,7 +224,7 @@ def row(script, task, device, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scripts", nargs="+", choices=AGENTS, default=list(AGENTS))
+    parser.add_argument("--scripts", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--tasks", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
@@ -225,10 +237,10 @@ def main():
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     notes = ""
-    for script in options.scripts:
+    for row_name in options.scripts:
         for task in options.tasks:
-            first, memory = in_new_process(start, script, task, options.device)
-            cells, note = in_new_process(row, script, task, options.device, options.rounds)
+            first, memory = in_new_process(start, row_name, task, options.device)
+            cells, note = in_new_process(row, row_name, task, options.device, options.rounds)
             print(f"| {' | '.join([*cells, f'{first:.0f}', f'{memory:.1f}'])} |", flush=True)
             notes += note
     print(f"\n{notes}", end="")
