@@ -259,7 +259,7 @@ def test_a_resumed_run_starts_from_what_was_saved(inside, train):
 
 @pytest.mark.parametrize("script", RL_SCRIPTS)
 def test_two_resumes_of_a_checkpoint_give_the_same_numbers(inside, train, script):
-    twins = [train(name, script=script, env_id="Pendulum-v1") for name in ("first", "second")]
+    twins = [train(name, "--eval-frequency 60", script=script, env_id="Pendulum-v1") for name in ("first", "second")]
     for folder in twins:
         assert inside(script, "--resume", folder, "--total-timesteps", 120).returncode == 0
     first, second = map(load, twins)
