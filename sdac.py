@@ -26,9 +26,9 @@ on a_0 leaves the minimiser unchanged, because s_theta can be chosen independent
 
     L = E_{s,t} E_{a_t~ptilde_t} E_{a_0~qtilde} exp(Q(s,a_0)/lambda) |s_theta(a_t;s,t) - ∇ log q_{t|0}|^2   (6)
 
-is minimised by s_theta = ∇ log p_t(.|s), whatever the proposal. Outside the box pi is zero, so qtilde is truncated to
-it, which multiplies the weight by another function of a_t and t. In terms of predicted noise,
-eps_theta = -sqrt(1-abar_t) s_theta, and with M reverse samples for each (s, a_t),
+is minimised by s_theta = ∇ log p_t(.|s), whatever the proposal. Outside the box pi is zero, so only a_0 inside count:
+qtilde is truncated to the box, which multiplies the weight by another positive function of a_t and t. In terms of
+predicted noise, eps_theta = -sqrt(1-abar_t) s_theta, and with M reverse samples for each (s, a_t),
 
     a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k,   eps_k ~ N(0, I) with a_0^k in the box    (7)
     w_k = softmax_k(Q(s,a_0^k)/lambda)                                                              (8)
@@ -42,12 +42,12 @@ The algorithm:
      1  repeat
      2      act: denoise N particles with the averaged policy, keep the one with the largest min_j Q_j(s,a), add N(0,
             std^2 I), clip to [-1, 1]; initially uniformly random; the environment returns r, s' and done
-     3      store (s, a, s', r, done) in the replay buffer, and draw a batch from it
-     4      targets: a' as in 2, but one particle of the online policy; y = 0.2 r + gamma (1-done) min_j Qbar_j(s',a')
+     3      store (s, a, s', r, done) in the replay buffer; every 5 steps after the first 30,000, draw a batch from it
+     4      targets: y = 0.2 r + gamma (1-done) min_j Qbar_j(s',a'), a' one particle of the online policy, noisy as in 2
      5      every second update
      6          proposal: a_0 = a from the buffer, t uniform, and a_t by (1)
      7          reverse sampling: M actions by (7), weighted with min_j Q_j by (8)
-     8          policy: one step of Adam on (9)
+     8          policy: one step of Adam on (9), with a learning rate that falls from 3e-4 to 3e-5
      9      critics: one step of Adam on sum_j E (Q_j(s,a) - y)^2
     10      every 250th update
     11          lambda: one step of Adam on log lambda (H - Hbar), with Hbar = -0.9 d and H, held fixed, the entropy of
@@ -60,17 +60,17 @@ Usage:
     python sdac.py --resume runs/RUN_FOLDER
     python sdac.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
-Where the paper, its official code (JAX, mahaitongdae/diffusion_policy_online_rl) and this file differ:
+Where the paper, its official code (JAX, mahaitongdae/diffusion_policy_online_rl at a50cf41) and this file differ:
 - The official defaults are `--temperature 1 --target-particles 32 --num-particles 32 --num-reverse-samples 64
-  --proposal policy --no-bounded-reverse-sampling`, for which an update takes many times the arithmetic. Here:
-  - lambda starts at 0.05, where a single particle in the target is greedy enough; a warm lambda needs the best of many;
+  --proposal policy --no-bounded-reverse-sampling`, with which an update takes 20 times the arithmetic. Here:
+  - lambda starts at 0.05, so that the policy is greedy by itself, and not by the best of 32 particles in the target;
   - 16 particles when acting and 16 reverse samples take less arithmetic;
   - the proposal takes the buffer's actions: any proposal will do, and the policy's would have to be sampled;
   - reverse samples lie in the box: if clipped for Q, they make pi exp(Q(s, clip(a))/lambda), which has no finite Z.
-- Actions are clipped to [-1, 1] after the exploration noise, in acting, in the critics' target and in the proposal; the
-  official code stores and bootstraps them unclipped, though the environment clips them.
+- Actions are clipped to [-1, 1] after the exploration noise, in acting, in the target and in the policy's proposals;
+  the official code stores and bootstraps them unclipped, though the environment clips them.
 - Denoising starts from N(0, 0.5^2 I) as in the official code; for pi on the box, theory says N(0, I).
-- Best-of-N in line 2 is the paper's "efficient behaviour policy"; `--num-particles 1` switches it off.
+- Best-of-N in line 2 is the official code's; `--num-particles 1` switches it off.
 - `--soft-critic` adds lambda times the entropy of the exploration noise to the target, which the official code leaves
   out: on average the same constant at every state, a bonus or penalty per step of staying alive.
 """
@@ -150,7 +150,7 @@ class Args:
     reward_scale: Positive = 0.2  # factor on rewards in the critics' target, and so the scale of Q and lambda
     hidden_size: Count = 256  # width of the three hidden layers of critics and policy
     diffusion_steps: Annotated[int, Field(ge=2, le=200)] = 20  # denoising steps T
-    num_particles: Count = 16  # N: actions denoised per state, of which the best by min(Q1, Q2) is kept
+    num_particles: Count = 16  # N: actions denoised per state, of which the best by min(Q1, Q2) is played or proposed
     target_particles: Count = 1  # the same for the actions in the critics' target
     num_reverse_samples: Count = 16  # M: reverse samples per noised action
     proposal: Literal["policy", "replay"] = "replay"  # whose actions are noised to a_t: the policy's, or the buffer's
@@ -447,7 +447,7 @@ class SDAC(nn.Module):
             eps = self.schedule.bounded_noise(a_t, t, torch.rand(shape, device=a_t.device))
         else:
             eps = torch.randn(shape, device=a_t.device)
-        a_0 = self.schedule.reverse_samples(a_t, t, eps).clamp(-1, 1)
+        a_0 = self.schedule.reverse_samples(a_t, t, eps).clamp(-1, 1)  # for bounded ones, only rounding
         weights = F.softmax(self.values(batch.observations, a_0) / self.temperature, dim=1)
         return torch.einsum("bm,bmd->bd", weights, eps), 1 / weights.square().sum(1).mean()
 

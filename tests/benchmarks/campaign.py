@@ -83,7 +83,7 @@ PROFILES = {
             "sdac-official": OFFICIAL,
         },
     },
-    # The same with every default, on the paper's ten tasks: for GPUs.
+    # Every script's defaults at the step counts of SDAC's paper, on its ten tasks: for GPUs.
     "paper": {
         "tasks": [
             "Humanoid-v4", "Ant-v4", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4",

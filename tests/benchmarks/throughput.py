@@ -1,6 +1,6 @@
 """How fast the scripts are: one Markdown table, every ratio from interleaved measurements of this one run.
 
-    python tests/benchmarks/throughput.py                      # everything, about a quarter of an hour on two cores
+    python tests/benchmarks/throughput.py                      # everything
     python tests/benchmarks/throughput.py --scripts sac td3 --tasks Hopper-v4
     python tests/benchmarks/throughput.py --device cuda
 
