@@ -22,7 +22,7 @@ only the loss. All densities live on the box [-1, 1]^2, and a_t = sqrt(abar_t) a
 Departures: iDEM's loss is weighted by the noise variance and its estimates are clipped; FAB has no replay buffer of
 samples and only two intermediate distributions. Both are tuned for minutes on two cores, not for their best.
 
-Metrics, over `--samples` samples of each method; the row `true` shows what as many true samples would score:
+Metrics, over `--samples` samples of each method; `true`, always the last, is as many true samples:
     kl            KL(P|Q) over 40 x 40 cells of the box; P_c the density's mass, Q_c the samples' (0.1 added per cell)
     mode_error    sum_m |share of samples that belong to mode m - its weight| / 2, between 0 and 1
     energies      evaluations of E while training and sampling; gradients: of ∇E, each of which evaluates E too
@@ -288,6 +288,12 @@ def run_dsm(target: Target, args: Args) -> tuple[Tensor, Callable]:
     return train_score(args, draw)
 
 
+def run_true(target: Target, args: Args) -> tuple[Tensor, Callable]:
+    """True samples, and the score of their density after noise N(0, SHOWN_NOISE^2 I): that of a Gaussian mixture."""
+    samples, v = target.sample(args.samples), SHOWN_NOISE**2
+    return samples, lambda a: (torch.softmax(-(torch.cdist(a, samples) ** 2) / (2 * v), 1) @ samples - a) / v
+
+
 def run_qsm(target: Target, args: Args) -> tuple[Tensor, Callable]:
     def draw(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
         a_t = schedule.noised(2 * torch.rand(len(t), 2) - 1, t, torch.randn(len(t), 2))
@@ -421,11 +427,9 @@ def annealed_importance_sampling(a: Tensor, densities: Callable, betas: list[flo
     is the unbiased estimate of ∫f, and the mean acceptance rate.
     """
 
-    def log_density(state: Densities, beta: float) -> Tensor:
-        return (1 - beta) * state.log_q + beta * state.log_f
-
-    def force(state: Densities, beta: float) -> Tensor:
-        return (1 - beta) * state.grad_q + beta * state.grad_f
+    def annealed(state: Densities, beta: float) -> tuple[Tensor, Tensor]:
+        """Log-density and its gradient."""
+        return (1 - beta) * state.log_q + beta * state.log_f, (1 - beta) * state.grad_q + beta * state.grad_f
 
     state, log_w, accepted, before = densities(a), torch.zeros(len(a)), [], 0.0
     for beta in betas:
@@ -435,11 +439,11 @@ def annealed_importance_sampling(a: Tensor, densities: Callable, betas: list[flo
         momentum = torch.randn_like(a)
         new_a, new_state, p = a, state, momentum
         for _ in range(leapfrogs):
-            p = p + step / 2 * force(new_state, beta)
+            p = p + step / 2 * annealed(new_state, beta)[1]
             new_a = new_a + step * p
             new_state = densities(new_a)
-            p = p + step / 2 * force(new_state, beta)
-        log_ratio = log_density(new_state, beta) - log_density(state, beta) + (momentum**2 - p**2).sum(1) / 2
+            p = p + step / 2 * annealed(new_state, beta)[1]
+        log_ratio = annealed(new_state, beta)[0] - annealed(state, beta)[0] + (momentum**2 - p**2).sum(1) / 2
         accept = torch.rand(len(a)).log() < log_ratio
         a = torch.where(accept[:, None], new_a, a)
         mask = accept, accept[:, None], accept, accept[:, None]
@@ -486,14 +490,15 @@ class Sampler(NamedTuple):
     run: Callable  # run(target, args) gives samples and score
 
 
-LEARNED_SCORE = f"score at noise {SHOWN_NOISE}"
+NOISED_SCORE = f"score at noise {SHOWN_NOISE}"
 METHODS = {
-    "rssm": Sampler("RSSM", LEARNED_SCORE, run_rssm),
-    "dsm": Sampler("DSM (true samples)", LEARNED_SCORE, run_dsm),
-    "idem": Sampler("iDEM", LEARNED_SCORE, run_idem),
+    "rssm": Sampler("RSSM", NOISED_SCORE, run_rssm),
+    "dsm": Sampler("DSM (true samples)", NOISED_SCORE, run_dsm),
+    "idem": Sampler("iDEM", NOISED_SCORE, run_idem),
     "langevin": Sampler("Langevin", "", run_langevin),
     "fab": Sampler("FAB", "score of the flow", run_fab),
-    "qsm": Sampler("QSM", LEARNED_SCORE, run_qsm),
+    "qsm": Sampler("QSM", NOISED_SCORE, run_qsm),
+    "true": Sampler("True samples", NOISED_SCORE, run_true),
 }
 
 
@@ -527,9 +532,8 @@ def mode_error(target: Target, samples: Tensor) -> float:
 
 
 def draw_picture(path: Path, target: Target, name: str, results: dict) -> None:
-    """A column per method: samples over the density's contours, below the learned score field where there is one."""
-    width = 3.3 * max(len(results), 2)
-    fig, axes = plt.subplots(2, len(results), figsize=(width, 6.8), squeeze=False, layout="constrained")
+    """A column per method: samples over the density's contours, below the score field where there is one."""
+    fig, axes = plt.subplots(2, len(results), figsize=(3.3 * len(results), 6.8), layout="constrained")
     x = torch.linspace(-1.15, 1.15, 161)
     points = torch.stack(torch.meshgrid(x, x, indexing="xy"), dim=-1)
     density = torch.stack([target.log_prob(row) for row in points]).exp()
@@ -563,29 +567,24 @@ def main() -> None:
     def peak_mb() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-    def row(method: str, target: Target, samples: Tensor, seconds: float, memory: float) -> dict:
-        result = {"method": method, "kl": grid_kl(masses, samples), "mode_error": mode_error(target, samples)}
-        result |= {"energies": target.energies, "gradients": target.gradients}
-        return result | {"seconds": round(seconds, 1), "peak_mb": round(memory)}
-
-    for method in dict.fromkeys(args.methods):
+    for method in dict.fromkeys([*args.methods, "true"]):
         print(f"{method} ...", flush=True)
         torch.manual_seed(args.seed)
         target, start, memory = make_target(args.target), time.time(), peak_mb()
         samples, score = METHODS[method].run(target, args)
-        results[method] = samples, score, row(method, target, samples, time.time() - start, peak_mb() - memory)
-    target = make_target(args.target)
-    rows = [result[2] for result in results.values()] + [row("true", target, target.sample(args.samples), 0.0, 0.0)]
+        seconds, memory = time.time() - start, peak_mb() - memory
+        row = {"method": method, "kl": grid_kl(masses, samples), "mode_error": mode_error(target, samples)}
+        row |= {"energies": target.energies, "gradients": target.gradients}
+        row |= {"seconds": round(seconds, 1), "peak_mb": round(memory)}
+        results[method] = samples, score, row
+    rows = [row for _, _, row in results.values()]
     table = [rows[0], *(row.values() for row in rows)]
     (folder / "metrics.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in table))
     draw_picture(folder / "picture.png", target, args.target, results)
 
     print(f"\n{'method':<10}{'kl':>8}{'mode error':>12}{'energies':>14}{'gradients':>13}{'seconds':>9}{'peak MB':>9}")
-    for r in rows:
-        print(
-            f"{r['method']:<10}{r['kl']:>8.4f}{r['mode_error']:>12.4f}{r['energies']:>14,}{r['gradients']:>13,}"
-            f"{r['seconds']:>9}{r['peak_mb']:>9}"
-        )
+    for method, kl, error, energies, gradients, seconds, mb in (row.values() for row in rows):
+        print(f"{method:<10}{kl:>8.4f}{error:>12.4f}{energies:>14,}{gradients:>13,}{seconds:>9}{mb:>9}")
     print(f"\ntable: {folder}/metrics.csv\npicture: {folder}/picture.png")
 
 

@@ -108,6 +108,15 @@ def test_dsm_learns_the_closed_form_score_of_a_gaussian():
         assert ((score(a_t, t).detach() - exact).norm() / exact.norm()).item() < 0.15
 
 
+def test_true_score_is_that_of_the_noised_density():
+    target = toy.make_target("gmm")
+    _, score = toy.run_true(target, toy.Args())
+    a = target.sample(200) + toy.SHOWN_NOISE * torch.randn(200, 2)
+    exact = noised_score(target, a, 1.0, toy.SHOWN_NOISE)
+    assert ((score(a) - exact).norm() / exact.norm()).item() < 0.02
+    assert target.energies == target.gradients == 0
+
+
 # iDEM
 
 
