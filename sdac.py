@@ -62,7 +62,7 @@ Usage:
 
 Where the paper, its official code (JAX, mahaitongdae/diffusion_policy_online_rl at a50cf41) and this file differ:
 - The official defaults are `--temperature 1 --target-particles 32 --num-particles 32 --num-reverse-samples 64
-  --proposal policy --no-bounded-reverse-sampling`, with which an update takes 20 times the arithmetic. Here:
+  --proposal policy --no-bounded-reverse-sampling`, with which an update takes over 20 times the arithmetic. Here:
   - lambda starts at 0.05, so that the policy is greedy by itself, and not by the best of 32 particles in the target;
   - 16 particles when acting and 16 reverse samples take less arithmetic;
   - the proposal takes the buffer's actions: any proposal will do, and the policy's would have to be sampled;
@@ -404,6 +404,8 @@ class SDAC(nn.Module):
             z = torch.randn(self.args.diffusion_steps, *start.shape, device=chunk.device)
             particles.append(denoise(policy, self.schedule, chunk, start, z))
         particles = torch.cat(particles)
+        if n == 1:
+            return particles[:, 0]
         best = self.values(observations, particles).argmax(dim=1)
         return particles[torch.arange(len(best), device=best.device), best]
 
@@ -460,8 +462,7 @@ class SDAC(nn.Module):
         """Squared errors of both critics against y (B,)."""
         q = self.critics(batch.observations, batch.actions)
         (qf1_loss, qf2_loss), (q1, q2) = (q - y).square().mean(1), q.mean(1)
-        metrics = {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf1_values": q1, "qf2_values": q2}
-        return qf1_loss + qf2_loss, metrics
+        return qf1_loss + qf2_loss, {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf1_values": q1, "qf2_values": q2}
 
     def lambda_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
         """log lambda (H - Hbar), with the entropy H = d/2 log(2 pi e std^2) of the exploration noise held fixed."""

@@ -216,15 +216,8 @@ def test_bad_input_is_refused(inside, tmp_path, arguments, words):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    "script, arguments, word",
-    [
-        ("sdac", "--gamma 1.5", "gamma"),
-        ("td3", "--env-id Huamnoid-v4", "Humanoid"),
-    ],
-)
-def test_bad_input_to_a_subprocess(run, tmp_path, script, arguments, word):
-    refused(run(script, *arguments.split()), word)
+def test_bad_input_to_a_subprocess(run, tmp_path):
+    refused(run("sdac", "--gamma", 1.5), "gamma")
     assert not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,7 @@ STEPS = {
     "sdac": (5000, ["--bounded-reverse-sampling", "--diffusion-steps", "5", "--temperature", "0.05"]),
     "sac": (5000, []),
     "td3": (5000, []),
-    "qsm": (7000, ["--q-gradient-scale", "0.05"]),
+    "qsm": (7000, ["--q-gradient-scale", "0.05", "--diffusion-steps", "10"]),
 }
 
 

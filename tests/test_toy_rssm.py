@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import run_folder
 
 import toy_rssm as toy
 
@@ -254,20 +255,22 @@ def table(folder):
         return [{k: v for k, v in row.items() if k not in ("seconds", "peak_mb")} for row in csv.DictReader(file)]
 
 
-def test_a_run_leaves_picture_and_table_and_repeats_itself(run, tmp_path):
-    short = (
-        "--iterations 50 --samples 2000 --diffusion-steps 20 --batch-size 64 --num-reverse-samples 16 --hidden-size 32"
-    )
+def test_a_run_leaves_picture_and_table_and_repeats_itself(run, monkeypatch, capsys, tmp_path):
+    """First as a user runs it, then in this process."""
+    flags = "--target moons --methods rssm dsm langevin --iterations 50 --samples 2000 --diffusion-steps 20"
+    flags += " --batch-size 64 --num-reverse-samples 16 --hidden-size 32"
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    process = run("toy_rssm", *flags.split(), cwd=first, OMP_NUM_THREADS=str(torch.get_num_threads()))
+    assert process.returncode == 0, process.stderr
+    monkeypatch.chdir(second)
+    monkeypatch.setattr("sys.argv", ["toy_rssm.py", *flags.split()])
+    toy.main()
     tables = []
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        process = run(
-            "toy_rssm", "--target", "moons", "--methods", "rssm", "dsm", "langevin", *short.split(), cwd=tmp_path / name
-        )
-        assert process.returncode == 0, process.stderr
-        (folder,) = (tmp_path / name / "runs").iterdir()
+    for path, output in ((first, process.stdout), (second, capsys.readouterr().out)):
+        folder = run_folder(path)
         assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.csv", "picture.png"}
-        assert str(folder.name) in process.stdout and "mode error" in process.stdout
+        assert folder.name in output and "mode error" in output
         tables.append(table(folder))
     assert tables[0] == tables[1]
     assert [row["method"] for row in tables[0]] == ["rssm", "dsm", "langevin", "true"]

@@ -301,7 +301,7 @@ def table_of_updates(profile):
 
 
 def table_of_scores(profile):
-    """Markdown: every run after so many updates, and as its score the mean of the six evaluations from 420,000 to 520,000
+    """Markdown: every run after so many updates, and its score, the mean of the six evaluations from 420,000 to 520,000
     steps (78,000 to 98,000 updates); above them the same of the whole runs with the defaults."""
     steps = {180_000: "30k", 280_000: "50k", 380_000: "70k", 480_000: "90k"}
     lines = [f"| task | script | seed | {' | '.join(steps.values())} | score | effective sample size |"]

@@ -160,7 +160,8 @@ def sdac_gflop(obs_dim, d, args):
     state = 2 * obs_dim * h  # per state
 
     def sampling(n):
-        return b * state + b * n * args.diffusion_steps * policy + 2 * (b * state + b * n * critic)
+        choosing = 2 * (b * state + b * n * critic) if n > 1 else 0
+        return b * state + b * n * args.diffusion_steps * policy + choosing
 
     critics = 2 * (b * (state + critic) + 3 * b * (state + critic))  # targets, and forward and backward
     proposal = sampling(args.num_particles) if args.proposal == "policy" else 0
