@@ -112,7 +112,6 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(config={"extra": "forbid"})
@@ -152,6 +151,7 @@ class Args:
     diffusion_steps: Annotated[int, Field(ge=2, le=200)] = 20  # denoising steps T
     num_particles: Count = 16  # N: actions denoised per state, of which the best by min(Q1, Q2) is played or proposed
     target_particles: Count = 1  # the same for the actions in the critics' target
+    bfloat16_sampling: bool = False  # denoise in bfloat16: native on GPUs and where `lscpu` has avx512_bf16 or amx_bf16
     num_reverse_samples: Count = 16  # M: reverse samples per noised action
     proposal: Literal["policy", "replay"] = "replay"  # whose actions are noised to a_t: the policy's, or the buffer's
     bounded_reverse_sampling: bool = True  # draw reverse samples inside the action box, instead of clipping them for Q
@@ -160,7 +160,7 @@ class Args:
     exploration_noise: Positive = 0.5  # initial standard deviation of the exploration noise
     lambda_lr: Fraction = 7e-3  # learning rate of log lambda
     lambda_frequency: Count = 250  # updates per update of lambda
-    target_entropy_scale: Finite = -0.9  # target entropy of the exploration noise, per action dimension
+    target_entropy_scale: Annotated[float, Field(allow_inf_nan=False)] = -0.9  # target entropy per action dimension
 
 
 # ALGO LOGIC: diffusion and reverse sampling -------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def denoise(policy: Policy, schedule: Schedule, observations: Tensor, a_t: Tenso
     state, times = policy.state_layer(observations)[:, None], policy.time_share(torch.arange(len(z), device=z.device))
     for t in reversed(range(len(z))):
         predicted_eps = policy.trunk(policy.action_layer(a_t) + (state + times[t]))
-        a_0 = (a_t / schedule.sqrt_abar[t] - schedule.reverse_std[t] * predicted_eps).clamp(-1, 1)
+        a_0 = (a_t / schedule.sqrt_abar[t] - schedule.reverse_std[t] * predicted_eps.to(a_t.dtype)).clamp(-1, 1)
         a_t = schedule.mean_a0[t] * a_0 + schedule.mean_at[t] * a_t + schedule.posterior_std[t] * z[t]
     return a_t
 
@@ -383,8 +383,7 @@ class SDAC(nn.Module):
 
     @property
     def temperature(self) -> Tensor:
-        """lambda."""
-        return self.log_lambda.detach().exp()
+        return self.log_lambda.detach().exp()  # lambda
 
     @property
     def exploration_std(self) -> Tensor:
@@ -402,7 +401,8 @@ class SDAC(nn.Module):
         for chunk in observations.split(states_per_chunk(n, observations.device)):
             start = self.schedule.start_std * torch.randn(len(chunk), n, self.action_dim, device=chunk.device)
             z = torch.randn(self.args.diffusion_steps, *start.shape, device=chunk.device)
-            particles.append(denoise(policy, self.schedule, chunk, start, z))
+            with torch.autocast(chunk.device.type, torch.bfloat16, enabled=self.args.bfloat16_sampling):
+                particles.append(denoise(policy, self.schedule, chunk, start, z))
         particles = torch.cat(particles)
         if n == 1:
             return particles[:, 0]

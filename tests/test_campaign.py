@@ -112,7 +112,7 @@ def test_the_results_page_has_the_table_that_the_files_give(profile):
     table = campaign.table(profile)
     assert table in (TESTS / "results" / "README.md").read_text()
     assert table == (TESTS / "results" / profile / "table.md").read_text()
-    assert profile in ("pilots", "screening") or (TESTS / "results" / profile / "curves.png").exists()
+    assert profile in ("pilots", "screening", "late") or (TESTS / "results" / profile / "curves.png").exists()
 
 
 @pytest.mark.parametrize("profile", PROFILES_WITH_RESULTS)

@@ -77,6 +77,19 @@ def test_compiled_updates_equal_the_oracle_and_two_threads_repeat_them_to_the_la
     assert not any(torch.equal(states[0][name], value) for name, value in agent.named_parameters())
 
 
+@pytest.mark.parametrize("stance", ["force_eager", "default"])
+def test_denoising_in_bfloat16_hardly_moves_the_actions(stance):
+    torch.compiler.set_stance(stance)
+    agent, observations, actions = sdac.SDAC(17, 6, sdac.Args()), torch.randn(256, 17), []
+    for bfloat16 in (False, True):
+        agent.args.bfloat16_sampling = bfloat16
+        torch.manual_seed(0)
+        actions.append(agent.best_of_n(agent.policy, observations, 1))
+    difference = actions[1] - actions[0]
+    assert actions[1].dtype == torch.float32
+    assert 0 < difference.abs().max() < 0.02 and difference.square().mean() < 0.002**2
+
+
 @pytest.mark.parametrize("module", [sdac, qsm])
 def test_mish_is_mish_and_stays_finite(module):
     x = torch.cat([torch.linspace(-100, 100, 2001), torch.tensor([-1e30, 1e30, 3e38])])

@@ -321,6 +321,22 @@ def test_best_of_n_keeps_the_particle_with_the_largest_min_q(n):
         assert (q1.argmax(1) != best).any() and (q2.argmax(1) != best).any()
 
 
+def test_only_denoising_is_done_in_bfloat16():
+    """An agent that is asked for it, but whose denoising is kept exact, equals the oracle."""
+    agent, oracle = make(bfloat16_sampling=True, proposal="policy")
+    denoise = sdac.denoise
+
+    def exactly(*inputs):
+        assert torch.is_autocast_enabled("cpu")
+        with torch.autocast("cpu", enabled=False):
+            return denoise(*inputs)
+
+    with mock.patch.object(sdac, "denoise", exactly):
+        for _ in range(2):
+            pairs.assert_same_update(agent, oracle, random_batch(sdac))
+        pairs.assert_same_actions(agent, oracle, torch.randn(9, 4), explore=True)
+
+
 def test_lambda_falls_while_the_entropy_of_the_exploration_noise_is_above_its_target():
     agent, _ = make(temperature=0.2, exploration_noise=0.1)
     balance = 2 * math.exp(-0.9) / math.sqrt(2 * math.pi * math.e)  # where the entropy is -0.9 per dimension

@@ -72,15 +72,34 @@ PROFILES = {
         "agents": {
             "sdac-T10": "--diffusion-steps 10",
             "sdac-T5": "--diffusion-steps 5",
+            "sdac-T5-tau001": "--diffusion-steps 5 --tau 0.01",
             "sdac-T5-target4": "--diffusion-steps 5 --target-particles 4",
             "sdac-M64": "--num-reverse-samples 64",
-            "sdac-T5-warm": "--diffusion-steps 5 --target-particles 8 --temperature 0.25",
+            "sdac-T5-warm4": "--diffusion-steps 5 --target-particles 4 --temperature 0.25",
+            "sdac-T5-warm8": "--diffusion-steps 5 --target-particles 8 --temperature 0.25",
             "sdac-lr": "--policy-lr-end 3e-4",
             "sdac-N32": "--num-particles 32",
             "sdac-N4": "--num-particles 4",
             "sdac-held005": "--lambda-lr 0 --exploration-noise 0.1",
             "sdac-held001": "--lambda-lr 0 --exploration-noise 0.1 --temperature 0.01",
             "sdac-official": OFFICIAL,
+        },
+    },
+    # What limits a run's end: seed 1 of sdac-T5 above, continued with late.py (not by this script) with one change.
+    "late": {
+        "tasks": ["HalfCheetah-v4"],
+        "seeds": [1],
+        "flags": f"{PROTOCOL} --total-timesteps 630000 --eval-frequency 20000 --eval-episodes 10 --diffusion-steps 5",
+        "agents": {
+            "sdac": "",
+            "sdac-policy": "--proposal policy",
+            "sdac-tau001": "--tau 0.01",
+            "sdac-warm1": "--temperature 0.25",
+            "sdac-target4": "--target-particles 4",
+            "sdac-warm2": "--temperature 0.25 --target-particles 2",
+            "sdac-warm4": "--temperature 0.25 --target-particles 4",
+            "sdac-warm8": "--temperature 0.25 --target-particles 8",
+            "sdac-hot8": "--temperature 1 --target-particles 8",
         },
     },
     # Every script's defaults at the step counts of SDAC's paper, on its ten tasks: for GPUs.
@@ -261,8 +280,8 @@ def in_words(values):
 def table(profile):
     """Markdown: the mean of the last five evaluations, the last and the best of every agent on every task, and what
     others published."""
-    if profile == "pilots":
-        return table_of_updates(profile)
+    if profile in ("pilots", "late"):
+        return table_of_updates(profile, since=1 if profile == "pilots" else 99_999)
     if profile == "screening":
         return table_of_scores(profile)
     published = profile == "locomotion"
@@ -281,12 +300,12 @@ def table(profile):
     return "\n".join(lines) + "\n"
 
 
-def table_of_updates(profile):
-    """Markdown: evaluations of every agent's first seed after so many updates."""
+def table_of_updates(profile, since):
+    """Markdown: evaluations of every agent's first seed after so many updates, from the `since`-th on."""
     lines = []
     for task, agents in load(profile).items():
         longest = max((seeds[1] for seeds in agents.values()), key=len)
-        updates = [row["updates"] for row in longest if row["updates"]]
+        updates = [row["updates"] for row in longest if row["updates"] >= since]
         lines += [
             f"| {task} | {' | '.join(f'{n / 1000:.0f}k' for n in updates)} |",
             "| --- |" + " --- |" * len(updates),
@@ -329,7 +348,7 @@ def draw(profile):
     """The table; and one picture: a column per task, over steps above and over minutes below; evaluations, faint, and
     their running mean with the seeds' standard deviation. No picture of the pilots, whose minutes say nothing."""
     (RESULTS / profile / "table.md").write_text(table(profile))
-    if profile in ("pilots", "screening"):
+    if profile in ("pilots", "screening", "late"):
         return
     import matplotlib
 
