@@ -96,6 +96,7 @@ PROFILES = {
             "sdac-tau001": "--tau 0.01",
             "sdac-warm1": "--temperature 0.25",
             "sdac-target4": "--target-particles 4",
+            "sdac-target4-noise01": "--target-particles 4 --exploration-noise 0.1 --lambda-lr 0",
             "sdac-warm2": "--temperature 0.25 --target-particles 2",
             "sdac-warm4": "--temperature 0.25 --target-particles 4",
             "sdac-warm8": "--temperature 0.25 --target-particles 8",
