@@ -8,7 +8,8 @@ Columns: updates per second of the script, of the script with --no-compile and o
 tests/reference.py in float32 (medians), the ratios of the first two to the oracle; steps per second of the whole
 training loop and the share of it spent outside `update`; seconds of the first update, with nothing compiled before;
 peak memory of a process that updates from a full buffer of 1,000,000 transitions. For SDAC also the arithmetic that an
-update needs, and the rate at which it gets done beside the rate of the same matrix products alone.
+update needs, and the rate at which it gets done beside the rate of the same matrix products alone; and what
+--bfloat16-sampling brings, where the device computes in bfloat16 natively.
 
 Each script updates from random transitions of the task's sizes with its default arguments (sdac-official: those of the
 official code), and draws its own noise; the oracle is given noise, and always computes the policy's loss, as the
@@ -47,13 +48,13 @@ UPDATES = {"sdac": 20, "sdac-official": 4}  # in a round; of the others, 100
 SIZES = {"Hopper-v4": (11, 3), "Humanoid-v4": (376, 17)}  # dimensions of observations and actions
 
 
-def make(name, task, device):
-    """A script's module, its agent, and a batch."""
+def make(name, task, device, *more):
+    """A script's module, its agent, with more flags or without, and a batch."""
     script = campaign.script_of(name)
     module = importlib.import_module(script)
     torch._dynamo.config.trace_autograd_ops = True  # as `main` does
     torch.manual_seed(0)
-    args = tyro.cli(module.Args, args=FLAGS.get(name, []))
+    args = tyro.cli(module.Args, args=[*FLAGS.get(name, []), *more])
     agent = getattr(module, AGENTS[script])(*SIZES[task], args).to(device)
     batch = pairs.random_batch(module, agent.args.batch_size, *SIZES[task])
     return module, agent, module.Batch(*(column.to(device) for column in batch))
@@ -91,7 +92,7 @@ def seconds_per_update(functions, updates, rounds, device):
     return {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round warms up
 
 
-def loop(name, task, device, updates):
+def loop(name, task, device, updates, *more):
     """Steps per second of the training loop, and the share of the time outside `update`."""
     script = campaign.script_of(name)
     module = importlib.import_module(script)
@@ -109,6 +110,7 @@ def loop(name, task, device, updates):
             sampled.append(time.perf_counter())
             return super().sample(*arguments)
 
+    torch._dynamo.reset()  # forget other agents, of whom it keeps only so many
     envs = module.Args().num_envs
     flags = f"--env-id {task} --device {device.type} --learning-starts 1000 --total-timesteps {1000 + envs * updates}"
     flags += f" --eval-frequency {10**9} --eval-episodes 1"
@@ -118,13 +120,19 @@ def loop(name, task, device, updates):
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
         unittest.mock.patch.object(module, "ReplayBuffer", Buffer),
-        unittest.mock.patch.object(sys, "argv", [f"{script}.py", *flags.split(), *FLAGS.get(name, [])]),
+        unittest.mock.patch.object(sys, "argv", [f"{script}.py", *flags.split(), *FLAGS.get(name, []), *more]),
     ):
         module.main(Timed)
     first = updates // 4  # the ones before it compile
     elapsed = sampled[-1] - sampled[first]
     outside = None if device.type == "cuda" else 1 - sum(spent[first:-1]) / elapsed
     return envs * (len(sampled) - 1 - first) / elapsed, outside
+
+
+def computes_in_bfloat16(device):
+    """Whether it does so natively, and not by converting to float32 and back."""
+    cpu = Path("/proc/cpuinfo")
+    return device.type == "cuda" or (cpu.exists() and "_bf16" in cpu.read_text())
 
 
 def in_new_process(function, *arguments):
@@ -200,6 +208,10 @@ def row(name, task, device, rounds):
     if device.type == "cpu":  # the oracle is written for the CPU
         functions["oracle"] = oracle_updater(plain, batch)
         updates["oracle"] = max(UPDATES.get(name, 100) // 5, 2)
+    bfloat16 = name in UPDATES and computes_in_bfloat16(device)
+    if bfloat16:
+        _, other, _ = make(name, task, device, "--bfloat16-sampling")
+        functions["bfloat16"], updates["bfloat16"] = lambda _: other.update(batch), UPDATES[name]
     if name in UPDATES:  # about an update's worth of matrix products in each round
         products, gflop = matrix_products(SIZES[task][1], fast.args.hidden_size, device)
         functions |= products
@@ -216,7 +228,12 @@ def row(name, task, device, rounds):
     needed = sdac_gflop(*SIZES[task], fast.args)
     rates = {products: gflop[products] / seconds[products] for products in gflop}
     rate, h = needed / seconds["fast"], fast.args.hidden_size
-    return cells, (
+    note = ""
+    if bfloat16:
+        steps, _ = loop(name, task, device, 10 * UPDATES[name], "--bfloat16-sampling")
+        ratio = seconds["fast"] / seconds["bfloat16"]
+        note = f"With --bfloat16-sampling {ratio:.2f} times the updates/s, and {steps:.3g} steps/s.\n"
+    return cells, note + (
         f"{name}, {task}: {needed:.3g} GFLOP per update at {rate:.0f} GFLOP/s. In the same rounds the matrix "
         f"products of a denoising step alone ran at {rates['step']:.0f} ({rate / rates['step']:.0%}), "
         f"those of {h} x {h} weights at {rates['square']:.0f} ({rate / rates['square']:.0%}).\n"
