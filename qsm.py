@@ -12,8 +12,8 @@ arXiv 2312.11752. Nothing is differentiated through the sampling chain.
 The sign: a denoiser predicts the noise that was added, so its score is -eps_theta / sqrt(1-abar_t). The optimum of (4)
 is eps_theta = -M_q ∇_a Q, hence the score is +M_q ∇_a Q / sqrt(1-abar_t), and denoising increases Q.
 
-M_q trades off exploration and exploitation: a score c ∇Q belongs to the density exp(c Q), so M_q / sqrt(1-abar_t) acts
-as an inverse temperature; the larger M_q, the greedier the policy.
+M_q trades off exploration and exploitation: a score c ∇Q belongs to the density exp(c Q), so M_q / sqrt(1-abar_t)
+acts as an inverse temperature; the larger M_q, the greedier the policy.
 
 The algorithm:
      1  repeat
@@ -24,8 +24,8 @@ The algorithm:
      6      target critics: Qbar <- (1-tau) Qbar + tau Q
      7      policy: t uniform, a_t by (1), one step of Adam on J_pi, the gradient of Q held fixed
 
-The known weakness: (4) takes ∇_a Q at the *noised* action, but the score of exp(Q) noised is not a rescaled ∇_a Q. For
-a concave quadratic Q both are affine in a_t, with different slopes and zeros; else their shapes differ too. Reverse
+The known weakness: (4) takes ∇_a Q at the *noised* action, but the score of exp(Q) noised is not a rescaled ∇_a Q.
+For a concave quadratic Q both are affine in a_t, with different slopes and zeros; else their shapes differ too. Reverse
 sampling score matching (sdac.py) has no such bias and needs no gradient of Q.
 
 Usage:
