@@ -350,9 +350,10 @@ def minimize(optimizer: torch.optim.Optimizer, loss: Callable, *inputs) -> dict[
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grads, metrics = gradients(loss, parameters, *inputs)
     for parameter, grad in zip(parameters, grads):
-        parameter.grad = grad
+        parameter.grad = grad.contiguous()  # compiled for CUDA, it may have padded rows, which Adam refuses
     optimizer.step()
-    return {name: metric.clone() for name, metric in metrics.items()}  # CUDA graphs overwrite their results
+    optimizer.zero_grad()  # CUDA graphs overwrite their results: keep none of them
+    return {name: metric.clone() for name, metric in metrics.items()}
 
 
 @torch.no_grad()
@@ -595,7 +596,6 @@ def evaluate(agent: nn.Module, args: Args, device: torch.device, signals: list, 
 def write(path: Path, content: dict | str) -> None:
     """Write a temporary file, then rename it: a kill at any moment leaves a whole file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)  # in an untrusted folder, a link to another file
     try:
         temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
         temporary.replace(path)

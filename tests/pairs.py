@@ -55,7 +55,7 @@ def replayed(*numbers):
         def replay(*args, **kwargs):
             drawn, number = draw(*args, **kwargs), left.pop(0)
             assert number.shape == drawn.shape, f"{tuple(drawn.shape)} asked for, {tuple(number.shape)} comes"
-            return number.to(drawn.dtype)
+            return number.to(drawn)
 
         return replay
 

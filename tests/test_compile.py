@@ -5,6 +5,7 @@ import copy
 import pairs
 import pytest
 import torch
+import torch.nn.functional as F
 from pairs import random_batch, scatter
 
 import qsm
@@ -76,6 +77,29 @@ def test_compiled_updates_equal_the_oracle_and_two_threads_repeat_them_to_the_la
         results.append(torch.cat([value.detach().flatten() for value in agent.parameters()]))
     assert all(torch.equal(result, results[0]) for result in results)
     assert not any(torch.equal(states[0][name], value) for name, value in agent.named_parameters())
+
+
+@pytest.mark.parametrize("module", AGENTS)
+def test_gradients_may_have_padded_rows_and_are_not_kept(monkeypatch, module):
+    """On CUDA the compiler pads matrices and returns parts of them, which later calls overwrite. Adam wants the
+    parameters' strides, and the compiler refuses parameters whose gradient has been overwritten."""
+    torch.compiler.set_stance("force_eager")
+    agents, batch = [AGENTS[module](4, 2, module.Args(**SIZES[module])) for _ in range(2)], random_batch(module)
+    agents[1].load_state_dict(agents[0].state_dict())
+    gradients = module.gradients
+
+    def padded(loss, parameters, *inputs):
+        grads, metrics = gradients(loss, parameters, *inputs)
+        return [F.pad(grad, (0, 3))[..., : grad.shape[-1]] if grad.dim() else grad for grad in grads], metrics
+
+    for agent, compute in zip(agents, (gradients, padded)):
+        monkeypatch.setattr(module, "gradients", compute)
+        torch.manual_seed(1)
+        for _ in range(2):
+            agent.update(batch)
+        assert all(parameter.grad is None for parameter in agent.parameters())
+    for mine, theirs in zip(*(agent.parameters() for agent in agents)):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("stance", ["force_eager", "default"])

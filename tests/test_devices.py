@@ -1,9 +1,11 @@
-"""Every tensor is made on the agent's device. No test machine has CUDA, so this is torch's `meta` device: it computes
-nothing, and refuses tensors of another device."""
+"""Every tensor is made on the agent's device: shown by CUDA where there is such a device, and everywhere by torch's
+`meta` device, which computes nothing and refuses tensors of another device."""
 
 import contextlib
+import copy
 from unittest import mock
 
+import pairs
 import pytest
 import torch
 
@@ -51,3 +53,39 @@ def test_the_meta_device_finds_what_is_made_elsewhere():
         agent, observations = td3.TD3(4, 2, td3.Args(hidden_size=8)), torch.zeros(7, 4)
     with pytest.raises(RuntimeError, match="device"):
         agent.policy(observations) + torch.randn(7, 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("module, agent_class, changes", VARIANTS)
+def test_compiled_updates_on_cuda_equal_the_cpus(monkeypatch, module, agent_class, changes):
+    """Ten updates at Hopper-v4's sizes, which the compiler pads. A root mean square, since some of a ReLU's weights
+    move otherwise under Adam when its input rounds to the other side of zero."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(module, "states_per_chunk", lambda rows, device: 10**9, raising=False)  # as on CUDA
+    cpu = agent_class(11, 3, module.Args(**changes))
+    cuda, before = copy.deepcopy(cpu).to("cuda"), copy.deepcopy(cpu.state_dict())
+    observations, kept = torch.randn(7, 11), []
+    with torch._dynamo.config.patch(disable=False, trace_autograd_ops=True):
+        for _ in range(6):  # compile, with random numbers of its own
+            cuda.update(module.Batch(*(column.to("cuda") for column in pairs.random_batch(module, 256, 11, 3))))
+            cuda.act(observations.to("cuda"), explore=True)
+        cuda.load_state_dict(before)
+        cuda.updates = 0
+        for optimizer in cuda.optimizers:
+            optimizer.state.clear()
+        for _ in range(10):
+            batch = pairs.random_batch(module, 256, 11, 3)
+            with torch.compiler.set_stance("force_eager"), pairs.recorded() as numbers:
+                cpu.update(batch)
+            with pairs.replayed(*numbers):
+                metrics = cuda.update(module.Batch(*(column.to("cuda") for column in batch)))
+            kept += [(value, value.item()) for value in metrics.values()]
+        with torch.compiler.set_stance("force_eager"), pairs.recorded() as numbers:
+            expected = cpu.act(observations, explore=True)
+        with pairs.replayed(*numbers):
+            actions = cuda.act(observations.to("cuda"), explore=True)
+    assert all(value.item() == then for value, then in kept)  # no later call has overwritten them
+    torch.testing.assert_close(actions.cpu(), expected, rtol=0, atol=1e-3)
+    for mine, theirs in zip(cuda.parameters(), cpu.parameters()):
+        assert (mine.cpu() - theirs).square().mean() < 1e-4**2
+    assert any(not torch.equal(value, before[name]) for name, value in cpu.named_parameters())
