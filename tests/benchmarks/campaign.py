@@ -103,6 +103,13 @@ PROFILES = {
             "sdac-hot8": "--temperature 1 --target-particles 8",
         },
     },
+    # SDAC with the official code's flags on a GPU, which was there for 45,340 updates.
+    "gpu": {
+        "tasks": ["HalfCheetah-v4"],
+        "seeds": [1],
+        "flags": f"{PROTOCOL} --eval-frequency 20000 --eval-episodes 10 --device cuda --bfloat16-sampling",
+        "agents": {"sdac-official": OFFICIAL},
+    },
     # Every script's defaults at the step counts of SDAC's paper, on its ten tasks: for GPUs.
     "paper": {
         "tasks": [
@@ -281,8 +288,8 @@ def in_words(values):
 def table(profile):
     """Markdown: the mean of the last five evaluations, the last and the best of every agent on every task, and what
     others published."""
-    if profile in ("pilots", "late"):
-        return table_of_updates(profile, since=1 if profile == "pilots" else 99_999)
+    if profile in ("pilots", "late", "gpu"):
+        return table_of_updates(profile, since=99_999 if profile == "late" else 1)
     if profile == "screening":
         return table_of_scores(profile)
     published = profile == "locomotion"
@@ -302,7 +309,8 @@ def table(profile):
 
 
 def table_of_updates(profile, since):
-    """Markdown: evaluations of every agent's first seed after so many updates, from the `since`-th on."""
+    """Markdown: evaluations of every run after so many updates, from the `since`-th on; beside those of a GPU the whole
+    runs with the defaults."""
     lines = []
     for task, agents in load(profile).items():
         longest = max((seeds[1] for seeds in agents.values()), key=len)
@@ -311,11 +319,14 @@ def table_of_updates(profile, since):
             f"| {task} | {' | '.join(f'{n / 1000:.0f}k' for n in updates)} |",
             "| --- |" + " --- |" * len(updates),
         ]
+        if profile == "gpu":
+            agents = {**agents, "sdac": load("locomotion")[task]["sdac"]}
         for agent, seeds in agents.items():
             script, _, variant = agent.partition("-")
-            means = {row["updates"]: f"{row['mean']:.0f}" for row in seeds[1]}
-            cells = [f"`{script}.py` {variant}".strip(), *(means.get(n, "") for n in updates)]
-            lines.append(f"| {' | '.join(cells)} |")
+            for seed, rows in seeds.items():
+                means = {row["updates"]: f"{row['mean']:.0f}" for row in rows}
+                name = f"`{script}.py` {variant}".strip() + (f" seed {seed}" if len(seeds) > 1 else "")
+                lines.append(f"| {name} | {' | '.join(means.get(n, '') for n in updates)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -347,9 +358,9 @@ def running_mean(values):
 
 def draw(profile):
     """The table; and one picture: a column per task, over steps above and over minutes below; evaluations, faint, and
-    their running mean with the seeds' standard deviation. No picture of the pilots, whose minutes say nothing."""
+    their running mean with the seeds' standard deviation. No picture where minutes say nothing."""
     (RESULTS / profile / "table.md").write_text(table(profile))
-    if profile in ("pilots", "screening", "late"):
+    if profile in ("pilots", "screening", "late", "gpu"):
         return
     import matplotlib
 
