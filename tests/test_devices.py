@@ -19,7 +19,7 @@ VARIANTS = [
     (td3, td3.TD3, {}),
     (qsm, qsm.QSM, {}),
     (sdac, sdac.SDAC, {}),
-    (sdac, sdac.SDAC, {"soft_critic": True}),
+    (sdac, sdac.SDAC, {"soft_critic": True, "lambda_frequency": 2}),
     (sdac, sdac.SDAC, {"proposal": "policy", "target_particles": 4, "bounded_reverse_sampling": False}),
 ]
 
