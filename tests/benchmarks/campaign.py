@@ -41,7 +41,13 @@ PROFILES = {
         "tasks": ["HalfCheetah-v4", "Humanoid-v4", "Ant-v4", "Walker2d-v4"],
         "seeds": [1, 2, 3],
         "flags": f"{PROTOCOL} --eval-frequency 20000 --eval-episodes 10",
-        "agents": {"sdac": "", "qsm": "--q-gradient-scale 5", "sac": "", "td3": ""},
+        "agents": {
+            "sdac": "",
+            "sdac-T5-tau001": "--diffusion-steps 5 --tau 0.01",
+            "qsm": "--q-gradient-scale 5",
+            "sac": "",
+            "td3": "",
+        },
     },
     # To choose SDAC's defaults and QSM's M_q by: 30,000 updates, and one thing changed at a time.
     "pilots": {
@@ -358,7 +364,7 @@ def running_mean(values):
 
 def draw(profile):
     """The table; and one picture: a column per task, over steps above and over minutes below; evaluations, faint, and
-    their running mean with the seeds' standard deviation. No picture where minutes say nothing."""
+    their running mean with the seeds' standard deviation. Not variants, and no picture where minutes say nothing."""
     (RESULTS / profile / "table.md").write_text(table(profile))
     if profile in ("pilots", "screening", "late", "gpu"):
         return
@@ -379,6 +385,8 @@ def draw(profile):
     )
     for (task, agents), (by_steps, by_time) in zip(runs.items(), axes.T):
         for agent, seeds in agents.items():
+            if "-" in agent:  # a variant
+                continue
             seeds = list(seeds.values())
             length = min(map(len, seeds))
             evaluations = [[row["mean"] for row in rows[:length]] for rows in seeds]
