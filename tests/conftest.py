@@ -19,8 +19,8 @@ RL_SCRIPTS = {"sdac": "SDAC", "sac": "SAC", "td3": "TD3", "qsm": "QSM"}
 
 # The same small networks everywhere, so that each script is compiled once for all subprocesses.
 SMALL = {script: "--hidden-size 32 --batch-size 32" for script in RL_SCRIPTS}
-SMALL["sdac"] += " --num-particles 4 --num-reverse-samples 8 --diffusion-steps 3"
-SMALL["qsm"] += " --diffusion-steps 3"
+SMALL["sdac"] += " --num-particles 4 --num-reverse-samples 8 --diffusion-steps 2"
+SMALL["qsm"] += " --diffusion-steps 2"
 
 
 def pytest_configure(config):
