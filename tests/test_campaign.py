@@ -1,9 +1,11 @@
-"""The campaign: what it runs, skips and resumes, and that the results page's tables are those that the files give."""
+"""The campaign: what it runs, skips and resumes, that the results page's tables are those that the files give, and the
+trained policies play as their curves say."""
 
 import csv
 import dataclasses
 import importlib
 import json
+import re
 import sys
 
 import pytest
@@ -16,6 +18,7 @@ sys.path.insert(0, str(TESTS / "benchmarks"))
 import campaign  # noqa: E402
 
 PROFILES_WITH_RESULTS = sorted({path.parent.parent.name for path in (TESTS / "results").glob("*/*/*.csv")})
+UNFINISHED = {"gpu/HalfCheetah-v4/sdac-official-1": 240_000, "locomotion/HalfCheetah-v4/sdac-1": 600_000}  # steps
 
 
 def arguments(script):
@@ -129,4 +132,13 @@ def test_results_were_made_with_the_profiles_flags(profile):
             assert args[name] == expected[name], (path, name)
         with open(path.with_suffix(".csv")) as file:
             steps = [int(row["step"]) for row in csv.DictReader(file)]
-        assert steps[-1] >= (240_000 if profile == "gpu" else args["total_timesteps"])
+        assert steps[-1] >= UNFINISHED.get(f"{profile}/{path.parent.name}/{path.stem}", args["total_timesteps"])
+
+
+@pytest.mark.parametrize("folder", sorted((TESTS / "results" / "policies").iterdir()), ids=lambda folder: folder.name)
+def test_a_trained_policy_returns_what_its_curve_ends_with(inside, folder):
+    process = inside("sdac", "--evaluate", folder, "--eval-episodes", 2)
+    mean = float(re.search(r"^mean (.*?),", process.stdout, re.M)[1])
+    args = json.loads((folder / "args.json").read_text())
+    curve = campaign.read(TESTS / "results" / "locomotion" / folder.name / f"sdac-{args['seed']}.csv")
+    assert mean > 0.8 * curve[-1]["mean"]

@@ -30,32 +30,31 @@ COLOURS = {"sdac": "#d1495b", "qsm": "#edae49", "sac": "#00798c", "td3": "#6a4c9
 # SDAC as the official code runs it, from the docstring of sdac.py
 OFFICIAL = (
     "--temperature 1 --target-particles 32 --num-particles 32 --num-reverse-samples 64"
-    " --proposal policy --no-bounded-reverse-sampling"
+    " --proposal policy --no-bounded-reverse-sampling --diffusion-steps 20 --tau 0.005"
 )
 # The protocol of its paper: 194,000 updates follow the random steps.
 PROTOCOL = "--num-envs 5 --updates-per-step 1 --total-timesteps 1000000 --learning-starts 30000"
 
-# Profiles: flags for all, and agents with what differs for one of them. An agent is SCRIPT or SCRIPT-VARIANT.
+# SDAC's defaults, as far as they were others, when the profiles `pilots`, `screening` and `late` were run
+FORMER = "--diffusion-steps 20 --tau 0.005"
+
+# Profiles: flags for all, flags for SDAC, and agents with what differs for one of them. An agent is SCRIPT or
+# SCRIPT-VARIANT.
 PROFILES = {
     "locomotion": {
         "tasks": ["HalfCheetah-v4", "Humanoid-v4", "Ant-v4", "Walker2d-v4"],
         "seeds": [1, 2, 3],
         "flags": f"{PROTOCOL} --eval-frequency 20000 --eval-episodes 10",
-        "agents": {
-            "sdac": "",
-            "sdac-T5-tau001": "--diffusion-steps 5 --tau 0.01",
-            "qsm": "--q-gradient-scale 5",
-            "sac": "",
-            "td3": "",
-        },
+        "agents": {"sdac": "", "sdac-T20": FORMER, "qsm": "--q-gradient-scale 5", "sac": "", "td3": ""},
     },
     # To choose SDAC's defaults and QSM's M_q by: 30,000 updates, and one thing changed at a time.
     "pilots": {
         "tasks": ["HalfCheetah-v4", "Humanoid-v4"],
         "seeds": [1],
         "flags": f"{PROTOCOL} --total-timesteps 180000 --eval-frequency 20000 --eval-episodes 10",
+        "sdac": FORMER,
         "agents": {
-            "sdac": "",
+            "sdac-T20": "",
             "sdac-t01": "--temperature 0.01",
             "sdac-M64": "--num-reverse-samples 64",
             "sdac-M32": "--num-reverse-samples 32",
@@ -75,10 +74,10 @@ PROFILES = {
         "tasks": ["HalfCheetah-v4"],
         "seeds": [1, 2],
         "flags": f"{PROTOCOL} --total-timesteps 530000 --eval-frequency 20000 --eval-episodes 10",
+        "sdac": FORMER,
         "agents": {
             "sdac-T10": "--diffusion-steps 10",
             "sdac-T5": "--diffusion-steps 5",
-            "sdac-T5-tau001": "--diffusion-steps 5 --tau 0.01",
             "sdac-T5-target4": "--diffusion-steps 5 --target-particles 4",
             "sdac-M64": "--num-reverse-samples 64",
             "sdac-T5-warm4": "--diffusion-steps 5 --target-particles 4 --temperature 0.25",
@@ -95,9 +94,10 @@ PROFILES = {
     "late": {
         "tasks": ["HalfCheetah-v4"],
         "seeds": [1],
-        "flags": f"{PROTOCOL} --total-timesteps 630000 --eval-frequency 20000 --eval-episodes 10 --diffusion-steps 5",
+        "flags": f"{PROTOCOL} --total-timesteps 630000 --eval-frequency 20000 --eval-episodes 10",
+        "sdac": "--diffusion-steps 5 --tau 0.005",
         "agents": {
-            "sdac": "",
+            "sdac-T5": "",
             "sdac-policy": "--proposal policy",
             "sdac-tau001": "--tau 0.01",
             "sdac-warm1": "--temperature 0.25",
@@ -157,7 +157,8 @@ OFFICIAL_RETURN = {"HalfCheetah-v4": 11765, "Humanoid-v4": 5359, "Ant-v4": 1405,
 
 
 def flags_of(profile, agent):
-    return f"{PROFILES[profile]['flags']} {PROFILES[profile]['agents'][agent]}".split()
+    about = PROFILES[profile]
+    return f"{about['flags']} {about.get(script_of(agent), '')} {about['agents'][agent]}".split()
 
 
 def script_of(agent):
@@ -306,7 +307,10 @@ def table(profile):
             seeds, (script, _, variant) = seeds.values(), agent.partition("-")
             means = [[row["mean"] for row in rows] for rows in seeds]
             minutes = sum(rows[-1]["seconds"] for rows in seeds) / len(seeds) / 60
-            cells = [task, f"`{script}.py` {variant}".strip(), in_words([sum(m[-5:]) / 5 for m in means])]
+            steps, flags = min(rows[-1]["step"] for rows in seeds), flags_of(profile, agent)
+            unfinished = steps < int(value_of(flags, "--total-timesteps"))
+            name = f"`{script}.py` {variant}".strip() + f", first {steps / 1000:.0f}k steps" * unfinished
+            cells = [task, name, in_words([sum(m[-5:]) / 5 for m in means])]
             cells += [in_words([m[-1] for m in means]), in_words([max(m) for m in means])]
             cells += [f"{minutes:.0f}" if minutes >= 10 else f"{minutes:.1f}"]
             cells += [str(PUBLISHED[task].get(agent, ""))] if published else []
@@ -315,8 +319,8 @@ def table(profile):
 
 
 def table_of_updates(profile, since):
-    """Markdown: evaluations of every run after so many updates, from the `since`-th on; beside those of a GPU the whole
-    runs with the defaults."""
+    """Markdown: evaluations of every run after so many updates, from the `since`-th on; below those of a GPU the whole
+    runs."""
     lines = []
     for task, agents in load(profile).items():
         longest = max((seeds[1] for seeds in agents.values()), key=len)
@@ -326,7 +330,8 @@ def table_of_updates(profile, since):
             "| --- |" + " --- |" * len(updates),
         ]
         if profile == "gpu":
-            agents = {**agents, "sdac": load("locomotion")[task]["sdac"]}
+            whole = load("locomotion")[task]
+            agents = {**agents, "sdac": whole["sdac"], "sdac-T20": whole["sdac-T20"]}
         for agent, seeds in agents.items():
             script, _, variant = agent.partition("-")
             for seed, rows in seeds.items():
@@ -339,14 +344,15 @@ def table_of_updates(profile, since):
 
 def table_of_scores(profile):
     """Markdown: every run after so many updates, and its score, the mean of the six evaluations from 420,000 to 520,000
-    steps (78,000 to 98,000 updates); above them the same of the whole runs with the defaults."""
+    steps (78,000 to 98,000 updates); above them the same of the whole runs."""
     steps = {180_000: "30k", 280_000: "50k", 380_000: "70k", 480_000: "90k"}
     lines = [f"| task | script | seed | {' | '.join(steps.values())} | score | effective sample size |"]
     lines += ["| --- |" + " --- |" * 8]
     for task, agents in load(profile).items():
         runs = [(agent, seed, rows, profile) for agent, seeds in agents.items() for seed, rows in seeds.items()]
-        defaults = [("sdac", seed, rows, "locomotion") for seed, rows in load("locomotion")[task]["sdac"].items()]
-        for agent, seed, rows, folder in [*defaults, *runs]:
+        whole = load("locomotion")[task]
+        whole = [(agent, *run, "locomotion") for agent in ("sdac-T20", "sdac") for run in whole[agent].items()]
+        for agent, seed, rows, folder in [*whole, *runs]:
             at = {int(row["step"]): row["mean"] for row in rows}
             score = sum(at[step] for step in range(420_000, 520_001, 20_000)) / 6
             about = json.loads((RESULTS / folder / task / f"{agent}-{seed}.json").read_text())
