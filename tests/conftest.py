@@ -24,6 +24,7 @@ SMALL["qsm"] += " --diffusion-steps 2"
 
 
 def pytest_configure(config):
+    torch.set_num_threads(1)  # the tests run beside each other
     config.addinivalue_line("markers", "learning: trains an agent on a small task, minutes")
     config.addinivalue_line("filterwarnings", "ignore::UserWarning:gymnasium")
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")
