@@ -45,7 +45,15 @@ PROFILES = {
         "tasks": ["HalfCheetah-v4", "Humanoid-v4", "Ant-v4", "Walker2d-v4"],
         "seeds": [1, 2, 3],
         "flags": f"{PROTOCOL} --eval-frequency 20000 --eval-episodes 10",
-        "agents": {"sdac": "", "sdac-T20": FORMER, "qsm": "--q-gradient-scale 5", "sac": "", "td3": ""},
+        "agents": {
+            "sdac": "",
+            "sdac-T20": FORMER,
+            "qsm": "--q-gradient-scale 5",
+            "sac": "",
+            "sac-u5": "--updates-per-step 5",  # the baselines with as many updates as steps
+            "td3": "",
+            "td3-u5": "--updates-per-step 5",
+        },
     },
     # To choose SDAC's defaults and QSM's M_q by: 30,000 updates, and one thing changed at a time.
     "pilots": {
@@ -370,7 +378,8 @@ def running_mean(values):
 
 def draw(profile):
     """The table; and one picture: a column per task, over steps above and over minutes below; evaluations, faint, and
-    their running mean with the seeds' standard deviation. Not variants, and no picture where minutes say nothing."""
+    their running mean with the seeds' standard deviation. Of the variants only those with five times the updates, over
+    minutes, and no picture where minutes say nothing."""
     (RESULTS / profile / "table.md").write_text(table(profile))
     if profile in ("pilots", "screening", "late", "gpu"):
         return
@@ -391,7 +400,8 @@ def draw(profile):
     )
     for (task, agents), (by_steps, by_time) in zip(runs.items(), axes.T):
         for agent, seeds in agents.items():
-            if "-" in agent:  # a variant
+            script, _, variant = agent.partition("-")
+            if variant not in ("", "u5"):
                 continue
             seeds = list(seeds.values())
             length = min(map(len, seeds))
@@ -399,22 +409,27 @@ def draw(profile):
             statistics = [mean_and_std(same) for same in zip(*map(running_mean, evaluations))]
             means = [mean for mean, _ in statistics]
             low, high = [mean - std for mean, std in statistics], [mean + std for mean, std in statistics]
-            label = f"{agent.upper()}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
             steps = [row["step"] / 1000 for row in seeds[0][:length]]
             seconds = zip(*([row["seconds"] for row in rows] for rows in seeds))
             minutes = [sum(same) / len(same) / 60 for same in seconds]
-            for axis, x in ((by_steps, steps), (by_time, minutes)):
-                (line,) = axis.plot(x, means, color=COLOURS.get(agent), label=label, linewidth=1.5)
+            label = f"{script.upper()}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+            plots = [(by_time, minutes, f"{script.upper()}, 5 times the updates" if variant else None)]
+            plots += [] if variant else [(by_steps, steps, label)]
+            for axis, x, label in plots:
+                style = {"color": COLOURS.get(script), "linestyle": "--" if variant else "-", "linewidth": 1.5}
+                (line,) = axis.plot(x, means, label=label, **style)
                 axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
                 for values in evaluations:
                     axis.plot(x, values, color=line.get_color(), alpha=0.3, linewidth=0.6)
         if profile == "locomotion":
-            for axis in (by_steps, by_time):
-                axis.axhline(OFFICIAL_RETURN[task], color="grey", linewidth=0.8, zorder=1, label="official SDAC")
+            for axis, label in ((by_steps, "official SDAC"), (by_time, None)):
+                axis.axhline(OFFICIAL_RETURN[task], color="grey", linewidth=0.8, zorder=1, label=label)
             by_time.set(xscale="log", xlim=(1, None))
         by_steps.set(title=task, xlabel="environment steps / 1000")
         by_time.set(xlabel="minutes, training and evaluation")
-        by_steps.legend(fontsize=7.5, handlelength=1, edgecolor="none", borderpad=0.1)
+        for axis in (by_steps, by_time):
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=7.5, handlelength=1, edgecolor="none", borderpad=0.1)
     for row in axes:
         row[0].set(ylabel="evaluation return")
     figure.savefig(RESULTS / profile / "curves.png", dpi=110)
