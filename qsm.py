@@ -142,7 +142,7 @@ class Schedule(nn.Module):
         return self.sqrt_abar[t, None] * actions + self.sqrt_1m_abar[t, None] * eps
 
 
-# SPEED: updates per second with each piece, at Humanoid-v4's sizes on one core of a Xeon, over those without it -------
+# SPEED: factors are updates per second with a piece over those without it, Humanoid-v4's sizes, one core of a Xeon ----
 
 
 class Mish(nn.Module):

@@ -5,9 +5,8 @@ Ma, Chen, Wang, Li, Dai: "Efficient Online Reinforcement Learning for Diffusion 
 The policy is a diffusion model whose score is trained by Reverse Sampling Score Matching (RSSM), which needs only
 values of Q: neither samples of the desired policy nor gradients of Q.
 
-The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s) for a in the box [-1, 1]^d. The temperature lambda follows an
-annealing schedule that no data enters: it falls from `--temperature` to 0.3 of that in 58,000 updates and 0.2 in
-125,000, and the exploration noise falls with it. Noising an action a_0, with abar_t from 1 down to 0, gives
+The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s) for a in the box [-1, 1]^d, and the temperature lambda falls
+during training. Noising an action a_0, with abar_t from nearly 1 down to nearly 0, gives
 
     q_{t|0}(a_t|a_0) = N(a_t; sqrt(abar_t) a_0, (1-abar_t) I)               forward kernel          (1)
     p_t(a_t|s) = ∫ pi(a_0|s) q_{t|0}(a_t|a_0) da_0                          noised policy           (2)
@@ -42,7 +41,7 @@ The algorithm:
      1  repeat
      2      act: denoise N particles with the averaged policy, keep the one with the largest min_j Q_j(s,a), add N(0,
             std^2 I), clip to [-1, 1]; initially uniformly random; the environment returns r, s' and done
-     3      store (s, a, s', r, done) in the replay buffer; every 5 steps after the first 30,000, draw a batch from it
+     3      store (s, a, s', r, done) in the replay buffer; every 5 steps after the first 30,000 go on with a batch
      4      targets: y = 0.2 r + gamma (1-done) min_j Qbar_j(s',a'), a' one particle of the online policy, noisy as in 2
      5      every second update
      6          proposal: a_0 = a from the buffer, t uniform, and a_t by (1)
@@ -51,7 +50,8 @@ The algorithm:
      9      critics: one step of Adam on sum_j E (Q_j(s,a) - y)^2
     10      every 250th update
     11          lambda: one step of Adam on log lambda (H - Hbar), with Hbar = -0.9 d and H, held fixed, the entropy of
-                the exploration noise, whose std falls from 0.5 in proportion to lambda
+                the exploration noise, whose std falls from 0.5 in proportion to lambda: a schedule that no data enters,
+                to 0.3 of the initial lambda in 58,000 updates and 0.2 in 125,000
     12      every second update
     13          averages: of the policy, and Qbar of Q, with step size 0.01
 
@@ -65,7 +65,7 @@ Where the paper, its official code (JAX, mahaitongdae/diffusion_policy_online_rl
   --proposal policy --no-bounded-reverse-sampling --diffusion-steps 20 --tau 0.005`, 30 times the arithmetic. Here:
   - lambda starts at 0.05, so that the policy is greedy by itself, and not by the best of 32 particles in the target;
   - 16 particles when acting, 16 reverse samples and 5 denoising steps take less arithmetic;
-  - averages every second update move as fast as SAC's with every one, by 0.01 instead of 0.005;
+  - the averages move by 0.01 every second update, which is as fast as SAC's by 0.005 every update;
   - the proposal takes the buffer's actions: any proposal will do, and the policy's would have to be sampled;
   - reverse samples lie in the box: if clipped for Q, they make pi exp(Q(s, clip(a))/lambda), which has no finite Z.
 - Actions are clipped to [-1, 1] after the exploration noise, in acting, in the target and in the policy's proposals;
@@ -213,14 +213,14 @@ class Schedule(nn.Module):
         """
         mean, std = (a_t / self.sqrt_abar[t, None])[:, None], self.reverse_std[t, None, None]
         low, high = (mean - 1) / std, (mean + 1) / std
-        below, above = normal_cdf(low), normal_cdf(-high)  # Phi is accurate in its lower tail only, so use both of them
+        below, above = normal_cdf(low), normal_cdf(-high)  # each from its accurate tail
         inside = torch.where(low > 0, normal_cdf(-low) - above, normal_cdf(high) - below)
         left, right = below + u * inside, above + (1 - u) * inside  # probability left and right of eps, together 1
         eps = torch.special.ndtri(torch.minimum(left, right).clamp(min=torch.finfo(u.dtype).tiny))
         return torch.where(left < right, eps, -eps).clamp(low, high)
 
 
-# SPEED: updates per second with each piece, at Humanoid-v4's sizes on one core of a Xeon, over those without it -------
+# SPEED: factors are updates per second with a piece over those without it, Humanoid-v4's sizes, one core of a Xeon ----
 
 
 class Mish(nn.Module):
@@ -244,8 +244,8 @@ compiled = torch.compile(dynamic=False, mode="reduce-overhead")  # with `gradien
 
 
 class Linear(nn.Module):
-    """x W + b, (..., i) to (..., j), initialised like the official library's: W truncated normal of std 1/sqrt(fan_in),
-    b = 0. With twins=True a layer for each of two critics, (2, B, i) to (2, B, j), as one batched product."""
+    """x W + b, (..., i) to (..., j), initialised like the official library's: b = 0; W normal of std 1/sqrt(fan_in)
+    cut at two std. With twins=True a layer for each of two critics, (2, B, i) to (2, B, j), as one batched product."""
 
     def __init__(self, in_features: int, out_features: int, fan_in: int | None = None, bias=True, twins=False):
         super().__init__()
@@ -284,8 +284,9 @@ class Critics(nn.Module):
 class Policy(nn.Module):
     """Noise prediction eps_theta(s, a_t, t): observations (B, o), a_t (B, d), t (B,) in 0..T-1 give (B, d)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden: int, time_dim: int = 16):
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
+        time_dim = 16
         fan_in = obs_dim + action_dim + time_dim
         frequencies = 10_000 ** (-torch.arange(time_dim // 2) / (time_dim // 2))
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -408,7 +409,7 @@ class SDAC(nn.Module):
         if n == 1:
             return particles[:, 0]
         best = self.values(observations, particles).argmax(dim=1)
-        return particles[torch.arange(len(best), device=best.device), best]
+        return particles.take_along_dim(best[:, None, None], 1)[:, 0]
 
     def perturbed(self, actions: Tensor, eps: Tensor) -> Tensor:
         """Actions with exploration noise, all (B, d)."""
@@ -471,6 +472,12 @@ class SDAC(nn.Module):
         loss = self.log_lambda * (entropy - self.args.target_entropy_scale * self.action_dim)
         return loss, {"lambda": self.temperature}
 
+    def policy_lr(self) -> float:
+        """Linear decay over the policy's own steps."""
+        begin, end = self.args.policy_lr_decay_begin, self.args.policy_lr_decay_end
+        progress = (self.updates // self.args.policy_frequency - begin) / max(end - begin, 1)
+        return self.args.policy_lr + min(max(progress, 0), 1) * (self.args.policy_lr_end - self.args.policy_lr)
+
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """Lines 4 to 13 of the algorithm. Returns what to log."""
         args, metrics = self.args, {}
@@ -489,12 +496,6 @@ class SDAC(nn.Module):
             move_average(self.target_critics, self.critics, args.tau)
         self.updates += 1
         return metrics
-
-    def policy_lr(self) -> float:
-        """Linear decay over the policy's own steps."""
-        begin, end = self.args.policy_lr_decay_begin, self.args.policy_lr_decay_end
-        progress = (self.updates // self.args.policy_frequency - begin) / max(end - begin, 1)
-        return self.args.policy_lr + min(max(progress, 0), 1) * (self.args.policy_lr_end - self.args.policy_lr)
 
 
 # ==== HARNESS: the same text in sac.py, td3.py, qsm.py and sdac.py ==================================================
