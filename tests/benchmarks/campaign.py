@@ -403,13 +403,13 @@ def draw(profile):
             script, _, variant = agent.partition("-")
             if variant not in ("", "u5"):
                 continue
-            seeds = list(seeds.values())
-            length = min(map(len, seeds))
-            evaluations = [[row["mean"] for row in rows[:length]] for rows in seeds]
+            common = set.intersection(*({row["step"] for row in rows} for rows in seeds.values()))
+            seeds = [[row for row in rows if row["step"] in common] for rows in seeds.values()]
+            evaluations = [[row["mean"] for row in rows] for rows in seeds]
             statistics = [mean_and_std(same) for same in zip(*map(running_mean, evaluations))]
             means = [mean for mean, _ in statistics]
             low, high = [mean - std for mean, std in statistics], [mean + std for mean, std in statistics]
-            steps = [row["step"] / 1000 for row in seeds[0][:length]]
+            steps = [row["step"] / 1000 for row in seeds[0]]
             seconds = zip(*([row["seconds"] for row in rows] for rows in seeds))
             minutes = [sum(same) / len(same) / 60 for same in seconds]
             label = f"{script.upper()}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
