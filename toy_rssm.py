@@ -8,7 +8,7 @@ only the loss. All densities live on the box [-1, 1]^2, and a_t = sqrt(abar_t) a
     rssm      eps_theta(a_t, t) regresses on sum_k w_k eps_k, w = softmax(-E(a_0^k)), over reverse samples
               a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k inside the box. The proposal of a_t is a noised
               uniform point of the box. Energies only. (The derivation is in sdac.py.)
-    dsm       denoising score matching: eps_theta regresses on the eps that noised a *true sample* of pi: it may cheat.
+    dsm       denoising score matching: eps_theta regresses on the eps that noised a *true sample* of pi: a reference.
     idem      iterated denoising energy matching (Akhound-Sadegh et al., 2024, arXiv 2402.06121): x_s = a + s z; the
               score of the noised density is regressed on sum_k w_k (-∇E)(x_k), w = softmax(-E(x_k)), K samples
               x_k ~ N(x_s, s^2 I), at noised samples of the model itself. Energies and their gradients.
@@ -67,12 +67,12 @@ Method = Literal["rssm", "dsm", "idem", "langevin", "fab", "qsm"]
 @dataclass(config={"extra": "forbid"})
 class Args:
     target: Literal["gmm", "moons", "rings"] = "gmm"  # density to sample
-    methods: Annotated[tuple[Method, ...], Field(min_length=1)] = ("rssm",)  # one or more of the six above
+    methods: Annotated[tuple[Method, ...], Field(min_length=1)] = ("rssm",)  # methods to compare
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # seed of everything random
     samples: Count = 50_000  # samples drawn from each method for the metrics
     iterations: Count = 2500  # gradient steps of rssm, dsm and qsm
-    batch_size: Count = 256  # noised points in each of them
-    num_reverse_samples: Count = 256  # M of rssm
+    batch_size: Count = 256  # noised points per gradient step of these three
+    num_reverse_samples: Count = 256  # M, reverse samples per noised point in rssm
     diffusion_steps: Annotated[int, Field(ge=2)] = 100  # denoising steps T, of idem too
     hidden_size: Count = 128  # width of the three hidden layers of the score networks
 
@@ -84,15 +84,14 @@ SHOWN_NOISE = 0.16  # standard deviation of the noise, sqrt(1/abar_t - 1), at wh
 
 
 class Target:
-    """A density pi(a) = sum_m weight_m pi_m(a), all but 1e-4 of it inside the box, with the energy E = -log pi.
+    """A density pi(a) = sum_m weight_m pi_m(a), m its modes, all but 1e-4 of it in the box, and its energy E = -log pi.
 
-    Subclasses give `component_log_probs`: log(weight_m pi_m(a)) and its gradient, and `sample`. `modes` (m,) says
-    which mode each component belongs to. Counts its energy and gradient evaluations in `energies` and `gradients`.
+    Subclasses give `component_log_probs`, log(weight_m pi_m(a)), (..., 2) -> (..., modes), and `sample`. Counts its
+    energy and gradient evaluations in `energies` and `gradients`.
     """
 
-    def __init__(self, weights: Tensor, modes: Tensor):
-        self.weights, self.modes = weights / weights.sum(), modes
-        self.mode_weights = torch.zeros(int(modes.max()) + 1).index_add_(0, modes, self.weights)
+    def __init__(self, weights: Tensor):
+        self.weights = weights / weights.sum()
         self.energies = self.gradients = 0
 
     def log_prob(self, a: Tensor) -> Tensor:
@@ -115,14 +114,14 @@ class Target:
 
     def mode(self, a: Tensor) -> Tensor:
         """The mode each of (n, 2) points most probably belongs to, (n,)."""
-        return self.modes[self.component_log_probs(a).argmax(1)]
+        return self.component_log_probs(a).argmax(1)
 
 
 class Gaussians(Target):
     """Isotropic Gaussians with means (m, 2) and standard deviations (m,)."""
 
-    def __init__(self, means: Tensor, stds: Tensor, weights: Tensor, modes: Tensor):
-        super().__init__(weights, modes)
+    def __init__(self, means: Tensor, stds: Tensor, weights: Tensor):
+        super().__init__(weights)
         self.means, self.stds = means, stds
 
     def component_log_probs(self, a: Tensor) -> Tensor:
@@ -140,7 +139,7 @@ class Arcs(Target):
     density exp(kappa cos(angle - direction_m)) / (2 pi I_0(kappa)), uniform for kappa = 0."""
 
     def __init__(self, centers: Tensor, radii: Tensor, std: float, directions: Tensor, kappa: float, weights: Tensor):
-        super().__init__(weights, torch.arange(len(radii)))
+        super().__init__(weights)
         self.centers, self.radii, self.std, self.directions, self.kappa = centers, radii, std, directions, kappa
 
     def component_log_probs(self, a: Tensor) -> Tensor:
@@ -163,7 +162,7 @@ def make_target(name: str) -> Target:
     if name == "gmm":  # unequal weights, gaps of about ten standard deviations
         means = torch.tensor([[-0.65, -0.6], [0.6, -0.65], [-0.55, 0.6], [0.65, 0.55], [0.0, 0.05]])
         weights = torch.tensor([0.35, 0.1, 0.2, 0.05, 0.3])
-        return Gaussians(means, torch.tensor([0.08, 0.06, 0.1, 0.06, 0.07]), weights, torch.arange(5))
+        return Gaussians(means, torch.tensor([0.08, 0.06, 0.1, 0.06, 0.07]), weights)
     if name == "moons":
         centers, up_and_down = torch.tensor([[-0.25, -0.1], [0.25, 0.1]]), torch.tensor([0.5, -0.5]) * math.pi
         return Arcs(centers, torch.full((2,), 0.5), 0.06, up_and_down, 3.0, torch.tensor([0.7, 0.3]))
@@ -197,7 +196,7 @@ class Schedule:
 
 
 class ScoreNetwork(nn.Module):
-    """Predicted noise for points (n, 2) and a time (n, 1) in [0, 1], (n, 2). Sines and cosines make it sharp enough."""
+    """Points (n, 2) and a time (n, 1) in [0, 1] to predicted noise or score, (n, 2). Sines and cosines sharpen it."""
 
     def __init__(self, hidden: int):
         super().__init__()
@@ -219,7 +218,7 @@ def normal_cdf(x: Tensor) -> Tensor:
 def bounded_noise(mean: Tensor, std: Tensor, u: Tensor) -> Tensor:
     """Noise from the truncated normal with mean - std noise in [-1, 1], by inversion from uniform numbers u."""
     low, high = (mean - 1) / std, (mean + 1) / std
-    below, above = normal_cdf(low), normal_cdf(-high)  # Phi is accurate in its lower tail only, so use both of them
+    below, above = normal_cdf(low), normal_cdf(-high)  # each from its accurate tail
     inside = torch.where(low > 0, normal_cdf(-low) - above, normal_cdf(high) - below)
     left, right = below + u * inside, above + (1 - u) * inside  # these add up to 1
     eps = torch.special.ndtri(torch.minimum(left, right).clamp(min=torch.finfo(u.dtype).tiny))
@@ -227,7 +226,7 @@ def bounded_noise(mean: Tensor, std: Tensor, u: Tensor) -> Tensor:
 
 
 def rssm_target(energy: Callable, schedule: Schedule, a_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
-    """Regression target of RSSM: sum_k w_k eps_k with w = softmax(-E(a_0^k)).
+    """Regression target of RSSM: sum_k w_k eps_k with w = softmax(-E(a_0^k)), by importance sampling E[eps | a_t].
 
     a_t (n, 2), t (n,), u (n, M, 2) uniform. Returns (n, 2).
     """
@@ -306,7 +305,7 @@ def run_qsm(target: Target, args: Args) -> tuple[Tensor, Callable]:
 
 
 def idem_score(energy_gradient: Callable, x: Tensor, sigma: Tensor, z: Tensor) -> Tensor:
-    """Estimate of the score of pi * N(0, sigma^2 I) from K energies and gradients, biased of order 1/K.
+    """Estimate of the score of pi * N(0, sigma^2 I) from K energies and gradients, with a bias of order 1/K.
 
     x (n, 2), sigma (n, 1), z (n, K, 2) standard normal. Returns sum_k w_k (-∇E)(x + sigma z_k), (n, 2).
     """
@@ -330,7 +329,7 @@ def run_idem(
 
     @torch.no_grad()
     def sample(n: int) -> Tensor:
-        """The reverse of dx = noise of growing variance, from N(0, sigma_max^2 I), one denoising step at the end."""
+        """Steps of the reverse diffusion from N(0, sigma_max^2 I), and one denoising step at the end."""
         x, u = sigma_max * torch.randn(n, 2), torch.linspace(1, 0, args.diffusion_steps + 1)
         for i in range(args.diffusion_steps):
             drop = sigma_at(u[i]) ** 2 - sigma_at(u[i + 1]) ** 2
@@ -423,8 +422,8 @@ class Densities(NamedTuple):
 def annealed_importance_sampling(a: Tensor, densities: Callable, betas: list[float], step: float, leapfrogs: int = 2):
     """Move samples a (n, 2) of q towards f by Hamiltonian Monte Carlo on q^{1-beta} f^beta, beta along `betas`, 1 last.
 
-    `densities(a)` gives their `Densities`. Returns the moved samples, log weights (n,) whose mean weight
-    is the unbiased estimate of ∫f, and the mean acceptance rate.
+    `densities(a)` gives their `Densities`. Returns the moved samples, logarithms of weights (n,) whose mean estimates
+    ∫f without bias, and the mean acceptance rate.
     """
 
     def annealed(state: Densities, beta: float) -> tuple[Tensor, Tensor]:
@@ -527,8 +526,8 @@ def grid_kl(masses: Tensor, samples: Tensor, pseudo_count: float = 0.1) -> float
 
 def mode_error(target: Target, samples: Tensor) -> float:
     """Total variation between the shares of samples in each mode and the modes' weights, 0 to 1."""
-    share = torch.bincount(target.mode(samples), minlength=len(target.mode_weights)) / len(samples)
-    return (share - target.mode_weights).abs().sum().item() / 2
+    share = torch.bincount(target.mode(samples), minlength=len(target.weights)) / len(samples)
+    return (share - target.weights).abs().sum().item() / 2
 
 
 def draw_picture(path: Path, target: Target, name: str, results: dict) -> None:
@@ -559,7 +558,7 @@ def draw_picture(path: Path, target: Target, name: str, results: dict) -> None:
 
 def main() -> None:
     args = tyro.cli(Args)
-    folder = Path("runs", f"toy_{args.target}__{args.seed}__{int(time.time())}")
+    folder = Path("runs", f"toy_{args.target}__{args.seed}__{time.time_ns()}")
     folder.mkdir(parents=True)
     (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
     masses, results = cell_masses(make_target(args.target).log_prob), {}
@@ -578,7 +577,7 @@ def main() -> None:
         row |= {"seconds": round(seconds, 1), "peak_mb": round(memory)}
         results[method] = samples, score, row
     rows = [row for _, _, row in results.values()]
-    table = [rows[0], *(row.values() for row in rows)]
+    table = [rows[0].keys(), *(row.values() for row in rows)]
     (folder / "metrics.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in table))
     draw_picture(folder / "picture.png", target, args.target, results)
 

@@ -16,14 +16,14 @@ def seed():
 
 
 def gaussian(mean=(0.2, -0.1), std=0.3):
-    return toy.Gaussians(torch.tensor([mean]), torch.tensor([std]), torch.ones(1), torch.zeros(1, dtype=torch.long))
+    return toy.Gaussians(torch.tensor([mean]), torch.tensor([std]), torch.ones(1))
 
 
 def noised_score(target, a, signal, noise):
     """∇ log p_t of a target of Gaussians: means times signal, variances signal^2 std^2 + noise^2."""
     a = a.detach().requires_grad_(True)
     stds = (signal**2 * target.stds**2 + noise**2).sqrt()
-    noised = toy.Gaussians(signal * target.means, stds, target.weights, target.modes)
+    noised = toy.Gaussians(signal * target.means, stds, target.weights)
     return torch.autograd.grad(noised.log_prob(a).sum(), a)[0]
 
 
@@ -37,7 +37,7 @@ def test_targets_are_normalised_and_live_on_the_box(name):
     points = torch.stack(torch.meshgrid(x, x, indexing="ij"), dim=-1)
     mass = torch.stack([target.log_prob(row).exp() for row in points])
     assert torch.trapezoid(torch.trapezoid(mass, x), x).item() == pytest.approx(1, abs=2e-3)
-    assert target.mode_weights.sum().item() == pytest.approx(1)
+    assert target.weights.sum().item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", ["gmm", "moons", "rings"])
