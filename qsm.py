@@ -25,8 +25,8 @@ The algorithm:
      7      policy: t uniform, a_t by (1), one step of Adam on J_pi, the gradient of Q held fixed
 
 The known weakness: (4) takes ∇_a Q at the *noised* action, but the score of exp(Q) noised is not a rescaled ∇_a Q.
-For a concave quadratic Q both are affine in a_t, with different slopes and zeros; else their shapes differ too. Reverse
-sampling score matching (sdac.py) has no such bias and needs no gradient of Q.
+For a concave quadratic Q both are affine in a_t, with different slopes and, unless Q is largest at 0, zeros; else their
+shapes differ too. Reverse sampling score matching (sdac.py) has no such bias and needs no gradient of Q.
 
 Usage:
     python qsm.py --env-id HalfCheetah-v4
@@ -104,7 +104,7 @@ class Args:
     q_lr: Fraction = 3e-4  # learning rate of the critics
     policy_lr: Fraction = 3e-4  # initial learning rate of the policy; half-cosine decay to 0
     policy_lr_steps: Count = 2_000_000  # policy updates until it is 0
-    q_gradient_scale: NotNegative = 50.0  # M_q, an inverse temperature; for humanoid and quadruped the authors take 120
+    q_gradient_scale: NotNegative = 50.0  # M_q, an inverse temperature; the authors use 120 for humanoid and quadruped
     exploration_noise: NotNegative = 0.1  # standard deviation of the noise on actions, in acting and in targets
     diffusion_steps: Annotated[int, Field(ge=2, le=1000)] = 5  # denoising steps T
     hidden_size: Count = 512  # width of the two hidden layers of critics and policy
@@ -187,8 +187,7 @@ class Critics(nn.Module):
 class Policy(nn.Module):
     """Noise prediction eps_theta(s, a_t, t): observations (B, o), a_t (B, d), t (B,) in 0..T-1 give (B, d).
 
-    The first layer is split by input, W [a; s; c] = W_a a + W_s s + W_c c with the condition c made from t, so that
-    the sampler computes the state's share once.
+    The first layer is split by input, W [a; s; c] = W_a a + W_s s + W_c c with the condition c made from t.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, hidden: int, steps: int, time_dim: int = 64, cond_dim: int = 128):
