@@ -71,7 +71,7 @@ class Args:
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # seed of everything random
     samples: Count = 50_000  # samples drawn from each method for the metrics
     iterations: Count = 2500  # gradient steps of rssm, dsm and qsm
-    batch_size: Count = 256  # noised points per gradient step of these three
+    batch_size: Count = 256  # noised points per gradient step
     num_reverse_samples: Count = 256  # M, reverse samples per noised point in rssm
     diffusion_steps: Annotated[int, Field(ge=2)] = 100  # denoising steps T, of idem too
     hidden_size: Count = 128  # width of the three hidden layers of the score networks
