@@ -50,7 +50,7 @@ The algorithm:
      9      critics: one step of Adam on sum_j E (Q_j(s,a) - y)^2
     10      every 250th update
     11          lambda: one step of Adam on log lambda (H - Hbar), with Hbar = -0.9 d and H, held fixed, the entropy of
-                the exploration noise, whose std falls from 0.5 with lambda: to 0.2 times in 125,000 updates, without data
+                the exploration noise, whose std falls from 0.5 with lambda: to a fifth in 125,000 updates
     12      every second update
     13          averages: of the policy, and Qbar of Q, with step size 0.01
 
