@@ -124,6 +124,13 @@ PROFILES = {
         "flags": f"{PROTOCOL} --eval-frequency 20000 --eval-episodes 10 --device cuda --bfloat16-sampling",
         "agents": {"sdac-official": OFFICIAL},
     },
+    # What denoising in bfloat16 does to learning.
+    "bfloat16": {
+        "tasks": ["HalfCheetah-v4"],
+        "seeds": [1, 2],
+        "flags": f"{PROTOCOL} --total-timesteps 180000 --eval-frequency 20000 --eval-episodes 10",
+        "agents": {"sdac": "", "sdac-bfloat16": "--bfloat16-sampling"},
+    },
     # Every script's defaults at the step counts of SDAC's paper, on its ten tasks: for GPUs.
     "paper": {
         "tasks": [
@@ -149,6 +156,8 @@ PROFILES = {
         },
     },
 }  # fmt: skip
+
+TABLES_OF_UPDATES = ("pilots", "late", "gpu", "bfloat16")  # profiles with an evaluation per column
 
 # Best training return within 1,000,000 steps of *one* environment, so 1,000,000 updates, five seeds, MuJoCo v3, as
 # re-measured by the CGPO paper (2026), Table 1: five times as many updates as the profile `locomotion` makes.
@@ -303,10 +312,10 @@ def in_words(values):
 def table(profile):
     """Markdown: the mean of the last five evaluations, the last and the best of every agent on every task, and what
     others published."""
-    if profile in ("pilots", "late", "gpu"):
-        return table_of_updates(profile, since=99_999 if profile == "late" else 1)
     if profile == "screening":
         return table_of_scores(profile)
+    if profile in TABLES_OF_UPDATES:
+        return table_of_updates(profile, since=99_999 if profile == "late" else 1)
     published = profile == "locomotion"
     lines = ["| task | script | last five evaluations | last | best | minutes |" + " published |" * published]
     lines += ["| --- |" + " --- |" * (5 + published)]
@@ -327,19 +336,19 @@ def table(profile):
 
 
 def table_of_updates(profile, since):
-    """Markdown: evaluations of every run after so many updates, from the `since`-th on; below those of a GPU the whole
-    runs."""
+    """Markdown: evaluations of every run after so many updates, from the `since`-th on; with those of a GPU and in
+    bfloat16 the whole runs, up to there."""
     lines = []
+    whole = {"gpu": ["sdac", "sdac-T20"], "bfloat16": ["sdac"]}.get(profile, [])
     for task, agents in load(profile).items():
-        longest = max((seeds[1] for seeds in agents.values()), key=len)
+        longest = max((rows for seeds in agents.values() for rows in seeds.values()), key=len)
         updates = [row["updates"] for row in longest if row["updates"] >= since]
         lines += [
             f"| {task} | {' | '.join(f'{n / 1000:.0f}k' for n in updates)} |",
             "| --- |" + " --- |" * len(updates),
         ]
-        if profile == "gpu":
-            whole = load("locomotion")[task]
-            agents = {**agents, "sdac": whole["sdac"], "sdac-T20": whole["sdac-T20"]}
+        for agent in whole:
+            agents[agent] = load("locomotion")[task][agent] | agents[agent]
         for agent, seeds in agents.items():
             script, _, variant = agent.partition("-")
             for seed, rows in seeds.items():
@@ -381,7 +390,7 @@ def draw(profile):
     their running mean with the seeds' standard deviation. Of the variants only those with five times the updates, over
     minutes, and no picture where minutes say nothing."""
     (RESULTS / profile / "table.md").write_text(table(profile))
-    if profile in ("pilots", "screening", "late", "gpu"):
+    if profile in ("screening", *TABLES_OF_UPDATES):
         return
     import matplotlib
 
