@@ -155,7 +155,7 @@ class Batch(NamedTuple):  # of B transitions
 @torch.compile(dynamic=False, mode="reduce-overhead")  # SAC, TD3: 1.3 to 1.5 times the updates per second
 def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Gradients of the first value that `loss(*inputs)` returns, and its second, the metrics. Unlike `backward`, this
-    lets torch.compile capture forward and backward in one graph, given `trace_autograd_ops`, which the harness sets."""
+    lets torch.compile capture forward and backward in one graph, given `trace_autograd_ops`, set in `compile_ahead`."""
     value, metrics = loss(*inputs)
     return torch.autograd.grad(value, parameters), {name: metric.detach() for name, metric in metrics.items()}
 
