@@ -27,7 +27,7 @@ Usage:
     python td3.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
 Departures from the paper: today's usual learning rates of 3e-4, batches of 256, 25,000 random steps and two hidden
-layers of 256. As in the authors' code, a' is clipped to the box. The policy is trained in updates 1, 3, 5, ..., where
+layers of 256. As in the authors' code, a' is clipped to [-1, 1]. The policy is trained in updates 1, 3, 5, ..., where
 the paper's algorithm trains it in 2, 4, 6, ...
 """
 
