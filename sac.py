@@ -87,7 +87,7 @@ class Args:
     track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "diffusion-policy-online-rl"  # W&B project
     wandb_entity: str | None = None  # W&B team or user
-    resume: str | None = None  # run folder to resume; its arguments but --track apply, unless overridden
+    resume: str | None = None  # run folder to resume; its arguments but --track, --wandb-entity apply unless given
     evaluate: str | None = None  # run folder whose policy plays `--eval-episodes` episodes, instead of training
 
     # Algorithm specific arguments
@@ -159,7 +159,7 @@ class Batch(NamedTuple):  # of B transitions
     dones: Tensor  # (B,), 1 where the episode terminated; truncation does not count
 
 
-@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs; on CPUs 1.4 to 1.6 times SAC's and TD3's speed
+@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs; makes SAC and TD3 on CPUs 1.4 to 1.6 times as fast
 def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """For a loss that returns its value and metrics: the value's gradients, and the metrics. Unlike `backward`, this
     lets torch.compile capture forward and backward in one graph, given `trace_autograd_ops`, set in `compile_ahead`.
@@ -235,11 +235,11 @@ class SAC(nn.Module):
         return loss, {"alpha": alpha, "alpha_loss": loss}
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """Lines 4 to 7 of the algorithm. Returns what to log."""
-        metrics = minimize(self.critic_optimizer, self.critic_loss, batch, torch.randn_like(batch.actions))
-        metrics |= minimize(self.policy_optimizer, self.policy_loss, batch, torch.randn_like(batch.actions))
-        metrics |= minimize(self.alpha_optimizer, self.alpha_loss, metrics["entropy"])
-        move_average(self.target_critics, self.critics, self.args.tau)
+        """Lines 4 to 7 of the algorithm, numbered here too. Returns what to log."""
+        metrics = minimize(self.critic_optimizer, self.critic_loss, batch, torch.randn_like(batch.actions))  # 4
+        metrics |= minimize(self.policy_optimizer, self.policy_loss, batch, torch.randn_like(batch.actions))  # 5
+        metrics |= minimize(self.alpha_optimizer, self.alpha_loss, metrics["entropy"])  # 6
+        move_average(self.target_critics, self.critics, self.args.tau)  # 7
         self.updates += 1
         return metrics
 

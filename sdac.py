@@ -19,38 +19,38 @@ from pi, which we do not have. Read the same Gaussian formula as a density of a_
     ∇_{a_t} log q_{t|0} = -(a_t - sqrt(abar_t) a_0)/(1-abar_t)                                      (5)
 
 qtilde is not the posterior of a_0, and Bayes' rule plays no part. Draw a_t from any proposal ptilde_t(a_t|s) with full
-support, a_0 from qtilde, and weight the pair by exp(Q(s,a_0)/lambda). By (4) this is denoising score matching with
-every (s, a_t, t) weighted by ptilde_t(a_t|s) Z(s) abar_t^{d/2} > 0 instead of 1. A positive weight that does not depend
-on a_0 leaves the minimiser unchanged, because s_theta can be chosen independently at each (s, a_t, t). So
+support, a_0 from qtilde, and weight the pair by exp(Q(s,a_0)/lambda):
 
     L = E_{s,t} E_{a_t~ptilde_t} E_{a_0~qtilde} exp(Q(s,a_0)/lambda) |s_theta(a_t;s,t) - ∇ log q_{t|0}|^2   (6)
 
-is minimised by s_theta = ∇ log p_t(.|s), whatever the proposal. Outside the box pi is zero, so only a_0 inside count:
-qtilde is truncated to the box, which multiplies the weight by another positive function of a_t and t. In terms of
-predicted noise, eps_theta = -sqrt(1-abar_t) s_theta, and with M reverse samples for each (s, a_t),
+By (4) this is denoising score matching with every (s, a_t, t) weighted by ptilde_t(a_t|s) Z(s) abar_t^{d/2} > 0 instead
+of 1. A positive weight that does not depend on a_0 leaves the minimiser unchanged, because s_theta can be chosen
+independently at each (s, a_t, t): it is s_theta = ∇ log p_t(.|s), whatever the proposal. Outside the box pi is zero,
+so only a_0 inside count: qtilde is truncated to the box, which multiplies the weight by another positive function of
+a_t and t. With the predicted noise eps_theta = -sqrt(1-abar_t) s_theta, and M reverse samples for each (s, a_t),
 
     a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k,   eps_k ~ N(0, I) with a_0^k in the box    (7)
     w_k = softmax_k(Q(s,a_0^k)/lambda)                                                              (8)
     L' = E |eps_theta(s,a_t,t) - sum_k w_k eps_k|^2 + const                                         (9)
 
-since (5) is -eps_k/sqrt(1-abar_t) at a_0^k. The softmax divides by a sum that tends to a function of (s, a_t, t) alone
-as M grows (the bias is of order 1/M), and (9) drops the factor 1/(1-abar_t). The sum moves inside the square because
-the w_k add up to 1 and eps_theta does not depend on k: one pass of the policy serves all M.
+since (5) is -eps_k/sqrt(1-abar_t) at a_0^k. The softmax divides by M times an average that tends to a function of
+(s, a_t, t) alone as M grows (the bias is of order 1/M), and (9) drops the factor 1/(1-abar_t). The sum moves inside the
+square because the w_k add up to 1 and eps_theta does not depend on k: one pass of the policy serves all M.
 
 The algorithm:
      1  repeat
      2      act: denoise N particles with the averaged policy, keep the one with the largest min_j Q_j(s,a), add N(0,
-            std^2 I), clip to [-1, 1]; initially uniformly random; the environment returns r, s' and done
+            std^2 I), std = 10 lambda, clip to [-1, 1]; initially uniform; the environment returns r, s' and done
      3      store (s, a, s', r, done) in the replay buffer; every 5 steps after the first 30,000 go on with a batch
      4      targets: y = 0.2 r + gamma (1-done) min_j Qbar_j(s',a'), a' one particle of the online policy, noisy as in 2
      5      every second update
-     6          proposal: a_0 = a from the buffer, t uniform, and a_t by (1)
+     6          proposal: a_0 = a from the buffer, t uniform in 0..T-1, and a_t by (1)
      7          reverse sampling: M actions by (7), weighted with min_j Q_j by (8)
      8          policy: one step of Adam on (9), with a learning rate that falls from 3e-4 to 3e-5
      9      critics: one step of Adam on sum_j E (Q_j(s,a) - y)^2
     10      every 250th update
     11          lambda: one step of Adam on log lambda (H - Hbar), with Hbar = -0.9 d and H, held fixed, the entropy of
-                the exploration noise, whose std falls from 0.5 with lambda: to a fifth in 125,000 updates
+                the exploration noise; its std falls from 0.5 to 0.1, where H is about Hbar, in 125,000 updates
     12      every second update
     13          averages: of the policy, and Qbar of Q, with step size 0.01
 
@@ -63,13 +63,13 @@ Where the paper, its official code (JAX, mahaitongdae/diffusion_policy_online_rl
 - The official defaults are `--temperature 1 --target-particles 32 --num-particles 32 --num-reverse-samples 64
   --proposal policy --no-bounded-reverse-sampling --diffusion-steps 20 --tau 0.005`, 30 times the arithmetic. Here:
   - lambda starts at 0.05, so that the policy is greedy by itself, and not by the best of 32 particles in the target;
-  - 16 particles when acting, 16 reverse samples and 5 denoising steps take less arithmetic;
+  - N = 16 particles when acting, M = 16 reverse samples and T = 5 denoising steps take less arithmetic;
   - the averages move by 0.01 every second update, which is as fast as SAC's by 0.005 every update;
   - the proposal takes the buffer's actions: any proposal will do, and the policy's would have to be sampled;
-  - reverse samples lie in the box: if clipped for Q, they make pi exp(Q(s, clip(a))/lambda), which has no finite Z.
+  - reverse samples lie in the box; clipped only for Q, their policy is exp(Q(s, clip(a))/lambda), whose Z is infinite.
 - Actions are clipped to [-1, 1] after the exploration noise, in acting, in the target and in the policy's proposals;
   the official code stores and bootstraps them unclipped, though the environment clips them.
-- Best-of-N in line 2 and denoising from N(0, 0.5^2 I) are the official code's; for pi on the box, theory says N(0, I).
+- Best-of-N in line 2 above, and denoising from N(0, 0.5^2 I) where theory starts from N(0, I), are the official code's.
 - `--soft-critic` adds lambda times the entropy of the exploration noise to the target, which the official code leaves
   out: on average the same constant at every state, a bonus or penalty per step of staying alive.
 """
@@ -133,7 +133,7 @@ class Args:
     track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "diffusion-policy-online-rl"  # W&B project
     wandb_entity: str | None = None  # W&B team or user
-    resume: str | None = None  # run folder to resume; its arguments but --track apply, unless overridden
+    resume: str | None = None  # run folder to resume; its arguments but --track, --wandb-entity apply unless given
     evaluate: str | None = None  # run folder whose policy plays `--eval-episodes` episodes, instead of training
 
     # Algorithm specific arguments
@@ -145,7 +145,7 @@ class Args:
     policy_lr_decay_begin: Natural = 25_000  # policy updates before that decay
     policy_lr_decay_end: Natural = 75_000  # policy updates after which it ends
     policy_frequency: Count = 2  # updates per update of the policy and the averages
-    reward_scale: Positive = 0.2  # factor on rewards in the critics' target, and so the scale of Q and lambda
+    reward_scale: Positive = 0.2  # factor on rewards in the critics' target; scales Q, and the lambda that suits it
     hidden_size: Count = 256  # width of the three hidden layers of critics and policy
     diffusion_steps: Annotated[int, Field(ge=2, le=200)] = 5  # denoising steps T
     num_particles: Count = 16  # N: actions denoised per state, of which the best by min(Q1, Q2) is played or proposed
@@ -201,7 +201,7 @@ class Schedule(nn.Module):
         return self.sqrt_abar[t, None] * a_0 + self.sqrt_1m_abar[t, None] * eps
 
     def reverse_samples(self, a_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """a_0^k (B, M, d), equation (7), for a_t (B, d), t (B,) and eps (B, M, d)."""
+        """Undoes `noised`: a_0^k (B, M, d), equation (7), for a_t (B, d), t (B,) and eps (B, M, d)."""
         return (a_t / self.sqrt_abar[t, None])[:, None] - self.reverse_std[t, None, None] * eps
 
     def bounded_noise(self, a_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
@@ -211,19 +211,19 @@ class Schedule(nn.Module):
         [low, high], drawn by inversion: eps = Phi^-1(Phi(low) + u (Phi(high) - Phi(low))).
         """
         mean, std = (a_t / self.sqrt_abar[t, None])[:, None], self.reverse_std[t, None, None]
-        low, high = (mean - 1) / std, (mean + 1) / std
+        low, high = (mean - 1) / std, (mean + 1) / std  # where a_0 is 1 and -1
         below, above = normal_cdf(low), normal_cdf(-high)  # each from its accurate tail
         inside = torch.where(low > 0, normal_cdf(-low) - above, normal_cdf(high) - below)
         left, right = below + u * inside, above + (1 - u) * inside  # probability left and right of eps, together 1
-        eps = torch.special.ndtri(torch.minimum(left, right).clamp(min=torch.finfo(u.dtype).tiny))
+        eps = torch.special.ndtri(torch.minimum(left, right).clamp(min=torch.finfo(u.dtype).tiny))  # u can be 0
         return torch.where(left < right, eps, -eps).clamp(low, high)
 
 
-# SPEED: factors are updates per second with a piece over those without it, Humanoid-v4's sizes, one core of a Xeon ----
+# SPEED: "x times" is updates per second with a piece over without it, at Humanoid-v4's sizes, on one core of a Xeon ---
 
 
 class Mish(nn.Module):
-    """x tanh(log(1 + e^x)) = x n/(n+2) = x - x/(n/2+1) with n = e^x (e^x + 2), 1.6 times as fast as nn.Mish."""
+    """x tanh(log(1 + e^x)) = x n/(n+2) = x - x/(n/2+1) with n = e^x (e^x + 2), instead of nn.Mish: 1.6 times."""
 
     def forward(self, x: Tensor) -> Tensor:
         # Where exp overflows, the fraction is rightly 0 but its gradient NaN; above 20 it is lost in rounding anyway.
@@ -232,19 +232,19 @@ class Mish(nn.Module):
 
 
 def states_per_chunk(rows: int, device: torch.device) -> int:
-    """How many states, with that many rows each, a CPU's cache holds through all layers and steps: 1.07 times."""
+    """How many states of that many rows each fit a CPU's cache, all layers' activations included: 1.07 times."""
     return max(1024 // rows, 1) if device.type == "cpu" else 10**9
 
 
-compiled = torch.compile(dynamic=False, mode="reduce-overhead")  # with `gradients`: 1.9 times
+compiled = torch.compile(dynamic=False, mode="reduce-overhead")  # with the same on `gradients` below: 1.9 times
 
 
 # ALGO LOGIC: networks -----------------------------------------------------------------------------------------------
 
 
 class Linear(nn.Module):
-    """x W + b, (..., i) to (..., j), initialised like the official library's: b = 0; W normal of std 1/sqrt(fan_in)
-    cut at two std. With twins=True a layer for each of two critics, (2, B, i) to (2, B, j), as one batched product."""
+    """x W + b, (..., i) to (..., j). As in the official code, b = 0 and W is normal of std 1/sqrt(fan_in), cut at two
+    std; fan_in is i, or the whole layer's if this is a part. twins=True: one per critic, (2, B, i) to (2, B, j)."""
 
     def __init__(self, in_features: int, out_features: int, fan_in: int | None = None, bias=True, twins=False):
         super().__init__()
@@ -258,7 +258,7 @@ class Linear(nn.Module):
 
 
 def trunk(hidden: int, out_features: int, twins: bool = False) -> nn.Sequential:
-    """Everything after the first layer. The first one is split by input, W [s; a] = W_s s + W_a a, so that the
+    """Everything after the first layer. The first one is split by input, [s, a] W = s W_s + a W_a, so that the
     state's share is computed once per state and not once per particle, reverse sample and denoising step."""
     sizes = (hidden, hidden), (hidden, hidden), (hidden, out_features)
     return nn.Sequential(*(layer for size in sizes for layer in (Mish(), Linear(*size, twins=twins))))
@@ -302,7 +302,7 @@ class Policy(nn.Module):
     def time_share(self, t: Tensor) -> Tensor:
         """The share of t (B,) in the first layer, (B, hidden)."""
         angles = t[:, None] * self.frequencies
-        return self.time_layers(torch.cat([angles.sin(), angles.cos()], dim=1) / 4)  # 4 = sqrt(time_dim)
+        return self.time_layers(torch.cat([angles.sin(), angles.cos()], dim=1) / 4)  # as the official 1/sqrt(time_dim)
 
     def forward(self, observations: Tensor, a_t: Tensor, t: Tensor) -> Tensor:
         return self.trunk(self.state_layer(observations) + self.action_layer(a_t) + self.time_share(t))
@@ -310,8 +310,8 @@ class Policy(nn.Module):
 
 @compiled
 def denoise(policy: Policy, schedule: Schedule, observations: Tensor, a_t: Tensor, z: Tensor) -> Tensor:
-    """The DDPM sampler: N particles for each state from a_t (B, N, d), for observations (B, o), with noise
-    z (T, B, N, d) ~ N(0, I). Each step predicts a_0 and clips it to the box. Returns (B, N, d)."""
+    """The DDPM sampler: N particles (B, N, d) for each of the observations (B, o), from noise a_t (B, N, d), with
+    z (T, B, N, d) ~ N(0, I) added on the way. Each step predicts a_0 and clips it to the box."""
     state, times = policy.state_layer(observations)[:, None], policy.time_share(torch.arange(len(z), device=z.device))
     for t in reversed(range(len(z))):
         predicted_eps = policy.trunk(policy.action_layer(a_t) + (state + times[t]))
@@ -337,7 +337,7 @@ class Batch(NamedTuple):  # of B transitions
     dones: Tensor  # (B,), 1 where the episode terminated; truncation does not count
 
 
-@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs; on CPUs 1.4 to 1.6 times SAC's and TD3's speed
+@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs; makes SAC and TD3 on CPUs 1.4 to 1.6 times as fast
 def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """For a loss that returns its value and metrics: the value's gradients, and the metrics. Unlike `backward`, this
     lets torch.compile capture forward and backward in one graph, given `trace_autograd_ops`, set in `compile_ahead`.
@@ -385,7 +385,7 @@ class SDAC(nn.Module):
 
     @property
     def temperature(self) -> Tensor:
-        return self.log_lambda.detach().exp()  # lambda
+        return self.log_lambda.detach().exp()  # lambda now; args.temperature is its initial value
 
     @property
     def exploration_std(self) -> Tensor:
@@ -479,21 +479,21 @@ class SDAC(nn.Module):
         return self.args.policy_lr + min(max(progress, 0), 1) * (self.args.policy_lr_end - self.args.policy_lr)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """Lines 4 to 13 of the algorithm. Returns what to log."""
+        """Lines 4 to 13 of the algorithm, numbered here too. Returns what to log."""
         args, metrics = self.args, {}
         policy_due = self.updates % args.policy_frequency == 0
-        y = self.target_values(batch)
-        if policy_due:
-            a_t, t = self.propose(batch)
-            mean_eps, metrics["effective_sample_size"] = self.reverse_sampling(batch, a_t, t)
+        y = self.target_values(batch)  # 4
+        if policy_due:  # 5
+            a_t, t = self.propose(batch)  # 6
+            mean_eps, metrics["effective_sample_size"] = self.reverse_sampling(batch, a_t, t)  # 7
             self.policy_optimizer.param_groups[0]["lr"] = self.policy_lr()
-            metrics |= minimize(self.policy_optimizer, self.policy_loss, batch, a_t, t, mean_eps)
-        metrics |= minimize(self.critic_optimizer, self.critic_loss, batch, y)
-        if self.updates % args.lambda_frequency == 0:
-            metrics |= minimize(self.lambda_optimizer, self.lambda_loss)
-        if policy_due:
+            metrics |= minimize(self.policy_optimizer, self.policy_loss, batch, a_t, t, mean_eps)  # 8
+        metrics |= minimize(self.critic_optimizer, self.critic_loss, batch, y)  # 9
+        if self.updates % args.lambda_frequency == 0:  # 10
+            metrics |= minimize(self.lambda_optimizer, self.lambda_loss)  # 11
+        if policy_due:  # 12
             move_average(self.ema_policy, self.policy, args.tau)
-            move_average(self.target_critics, self.critics, args.tau)
+            move_average(self.target_critics, self.critics, args.tau)  # 13
         self.updates += 1
         return metrics
 

@@ -37,6 +37,7 @@ PROTOCOL = "--num-envs 5 --updates-per-step 1 --total-timesteps 1000000 --learni
 
 # SDAC's defaults, as far as they were others, when the profiles `pilots`, `screening` and `late` were run
 FORMER = "--diffusion-steps 20 --tau 0.005"
+TODAY = "--diffusion-steps 5 --tau 0.01"
 
 # Profiles: flags for all, flags for SDAC, and agents with what differs for one of them. An agent is SCRIPT or
 # SCRIPT-VARIANT.
@@ -87,14 +88,15 @@ PROFILES = {
             "sdac-T10": "--diffusion-steps 10",
             "sdac-T5": "--diffusion-steps 5",
             "sdac-T5-target4": "--diffusion-steps 5 --target-particles 4",
-            "sdac-M64": "--num-reverse-samples 64",
-            "sdac-T5-warm4": "--diffusion-steps 5 --target-particles 4 --temperature 0.25",
-            "sdac-T5-warm8": "--diffusion-steps 5 --target-particles 8 --temperature 0.25",
-            "sdac-lr": "--policy-lr-end 3e-4",
-            "sdac-N32": "--num-particles 32",
-            "sdac-N4": "--num-particles 4",
-            "sdac-held005": "--lambda-lr 0 --exploration-noise 0.1",
-            "sdac-held001": "--lambda-lr 0 --exploration-noise 0.1 --temperature 0.01",
+            # from here on around the defaults of today
+            "sdac-M64": f"{TODAY} --num-reverse-samples 64",
+            "sdac-lr": f"{TODAY} --policy-lr-end 3e-4",
+            "sdac-target8-warm": f"{TODAY} --target-particles 8 --temperature 0.25",
+            "sdac-target8-hot": f"{TODAY} --target-particles 8 --temperature 1",
+            "sdac-N32": f"{TODAY} --num-particles 32",
+            "sdac-N4": f"{TODAY} --num-particles 4",
+            "sdac-held005": f"{TODAY} --lambda-lr 0 --exploration-noise 0.1",
+            "sdac-held001": f"{TODAY} --lambda-lr 0 --exploration-noise 0.1 --temperature 0.01",
             "sdac-official": OFFICIAL,
         },
     },
