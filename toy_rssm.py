@@ -6,8 +6,8 @@ arXiv 2502.00361: learn to sample a density pi(a) ∝ exp(-E(a)) from its energy
 only the loss. All densities live on the box [-1, 1]^2, and a_t = sqrt(abar_t) a_0 + sqrt(1-abar_t) eps noises them.
 
     rssm      eps_theta(a_t, t) regresses on sum_k w_k eps_k, w = softmax(-E(a_0^k)), over reverse samples
-              a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k inside the box. The proposal of a_t is a noised
-              uniform point of the box. Energies only. (The derivation is in sdac.py.)
+              a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k, eps_k ~ N(0, I) given that a_0^k is in the box.
+              a_t is a noised uniform point of the box: any law with full support has the same minimiser. Energies only.
     dsm       denoising score matching: eps_theta regresses on the eps that noised a *true sample* of pi: a reference.
     idem      iterated denoising energy matching (Akhound-Sadegh et al., 2024, arXiv 2402.06121): x_s = a + s z; the
               score of the noised density is regressed on sum_k w_k (-∇E)(x_k), w = softmax(-E(x_k)), K samples
@@ -17,17 +17,17 @@ only the loss. All densities live on the box [-1, 1]^2, and a_t = sqrt(abar_t) a
               trained with -E[w log q] on samples that annealed importance sampling moves from q towards pi^2/q, the
               minimum-variance target of the alpha = 2 divergence. Energies and gradients.
     qsm       Q-score matching (Psenka et al., 2024, arXiv 2312.11752): the score at every noise level is taken to be
-              -∇E at the *noised* point. Gradients. It is biased by construction (see qsm.py).
+              -∇E at the *noised* point, here of a uniform one. Gradients. Biased by construction (see qsm.py).
 
-Departures: iDEM's loss is weighted by the noise variance and its estimates are clipped; FAB has no replay buffer of
-samples and only two intermediate distributions. Both are tuned for minutes on two cores, not for their best.
+Departures: iDEM clips s times its estimate, where the official code clips the estimate; FAB has no replay buffer of
+samples. Both are tuned for minutes on two cores, not for their best.
 
 Metrics, over `--samples` samples of each method; `true`, always the last, is as many true samples:
     kl            KL(P|Q) over 40 x 40 cells of the box; P_c the density's mass, Q_c the samples' (0.1 added per cell)
-    mode_error    sum_m |share of samples that belong to mode m - its weight| / 2, between 0 and 1
-    energies      evaluations of E while training and sampling; gradients: of ∇E, each of which evaluates E too
+    mode_error    sum_m |share of samples whose most probable mode is m - weight of m| / 2, between 0 and 1
+    energies      evaluations of E while training and sampling; gradients: of ∇E, each of which is one of E too
     seconds       wall-clock time of training and sampling
-    peak_mb       growth of the process's largest resident memory, in MB on Linux (0 if an earlier method needed more)
+    peak_mb       growth of the process's peak memory in MiB, on Linux: only what exceeds the methods before it
 
 Usage:
     python toy_rssm.py
@@ -71,7 +71,7 @@ class Args:
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # seed of everything random
     samples: Count = 50_000  # samples drawn from each method for the metrics
     iterations: Count = 2500  # gradient steps of rssm, dsm and qsm
-    batch_size: Count = 256  # noised points per gradient step
+    batch_size: Count = 256  # noised points per gradient step of rssm, dsm and qsm
     num_reverse_samples: Count = 256  # M, reverse samples per noised point in rssm
     diffusion_steps: Annotated[int, Field(ge=2)] = 100  # denoising steps T, of idem too
     hidden_size: Count = 128  # width of the three hidden layers of the score networks
@@ -166,16 +166,17 @@ def make_target(name: str) -> Target:
     if name == "moons":
         centers, up_and_down = torch.tensor([[-0.25, -0.1], [0.25, 0.1]]), torch.tensor([0.5, -0.5]) * math.pi
         return Arcs(centers, torch.full((2,), 0.5), 0.06, up_and_down, 3.0, torch.tensor([0.7, 0.3]))
-    radii = torch.tensor([0.25, 0.5, 0.8])
+    radii = torch.tensor([0.25, 0.5, 0.8])  # rings
     return Arcs(torch.zeros(3, 2), radii, 0.04, torch.zeros(3), 0.0, torch.tensor([0.15, 0.25, 0.6]))
 
 
-# Diffusion: rssm and dsm ----------------------------------------------------------------------------
+# Diffusion: rssm, dsm, qsm, and the true samples ----------------------------------------------------
 
 
 class Schedule:
     """Noise schedule whose standard deviation of reverse sampling, sqrt(1/abar_t - 1), is geometric from 0.01 to 10,
-    t = 0..T-1. Tables (T,): sqrt_abar, sqrt_1m_abar, reverse_std, and the DDPM posterior's mean_a0, mean_at, std."""
+    t = 0..T-1; the clean a_0 comes before t = 0. Tables (T,): sqrt_abar, sqrt_1m_abar, reverse_std, and those of the
+    DDPM posterior of the point before a_t, N(mean_a0 a_0 + mean_at a_t, std^2 I)."""
 
     def __init__(self, steps: int):
         reverse_std = torch.logspace(-2, 1, steps, dtype=torch.float64)
@@ -196,17 +197,17 @@ class Schedule:
 
 
 class ScoreNetwork(nn.Module):
-    """Points (n, 2) and a time (n, 1) in [0, 1] to predicted noise or score, (n, 2). Sines and cosines sharpen it."""
+    """Points (n, 2) and noise levels (n, 1) in [0, 1] to the noise, or minus it in iDEM, (n, 2)."""
 
     def __init__(self, hidden: int):
         super().__init__()
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(4))
-        sizes = (3 * 9, hidden), (hidden, hidden), (hidden, hidden)
+        sizes = (3 * 9, hidden), (hidden, hidden), (hidden, hidden)  # three inputs, each with four sines and cosines
         layers = (layer for size in sizes for layer in (nn.Linear(*size), nn.SiLU()))
         self.net = nn.Sequential(*layers, nn.Linear(hidden, 2))
 
-    def forward(self, a: Tensor, time: Tensor) -> Tensor:
-        x = torch.cat([a, time], dim=1)
+    def forward(self, a: Tensor, level: Tensor) -> Tensor:
+        x = torch.cat([a, level], dim=1)
         angles = (x[:, :, None] * self.frequencies).flatten(1)
         return self.net(torch.cat([x, angles.sin(), angles.cos()], dim=1))
 
@@ -218,17 +219,17 @@ def normal_cdf(x: Tensor) -> Tensor:
 def bounded_noise(mean: Tensor, std: Tensor, u: Tensor) -> Tensor:
     """Noise from the truncated normal with mean - std noise in [-1, 1], by inversion from uniform numbers u."""
     low, high = (mean - 1) / std, (mean + 1) / std
-    below, above = normal_cdf(low), normal_cdf(-high)  # each from its accurate tail
-    inside = torch.where(low > 0, normal_cdf(-low) - above, normal_cdf(high) - below)
-    left, right = below + u * inside, above + (1 - u) * inside  # these add up to 1
-    eps = torch.special.ndtri(torch.minimum(left, right).clamp(min=torch.finfo(u.dtype).tiny))
+    below, above = normal_cdf(low), normal_cdf(-high)  # probability below low, and above high
+    inside = torch.where(low > 0, normal_cdf(-low) - above, normal_cdf(high) - below)  # from the accurate tails
+    left, right = below + u * inside, above + (1 - u) * inside  # probability left and right of eps, together 1
+    eps = torch.special.ndtri(torch.minimum(left, right).clamp(min=torch.finfo(u.dtype).tiny))  # u can be 0
     return torch.where(left < right, eps, -eps).clamp(low, high)
 
 
 def rssm_target(energy: Callable, schedule: Schedule, a_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
-    """Regression target of RSSM: sum_k w_k eps_k with w = softmax(-E(a_0^k)), by importance sampling E[eps | a_t].
-
-    a_t (n, 2), t (n,), u (n, M, 2) uniform. Returns (n, 2).
+    """Regression target of RSSM: sum_k w_k eps_k with w = softmax(-E(a_0^k)), an estimate of E[eps | a_t] with a bias
+    of order 1/M, since p(a_0|a_t) ∝ exp(-E(a_0)) N(a_0; a_t/sqrt(abar_t), (1/abar_t - 1) I): the a_0^k are drawn from
+    the normal, cut to the box, and weighted by exp(-E). a_t (n, 2), t (n,), u (n, M, 2) uniform. Returns (n, 2).
     """
     mean, std = (a_t / schedule.sqrt_abar[t, None])[:, None], schedule.reverse_std[t, None, None]
     eps = bounded_noise(mean, std, u)
@@ -263,8 +264,8 @@ def train_score(args: Args, draw: Callable) -> tuple[Tensor, Callable]:
         decay.step()
     shown = int((schedule.reverse_std - SHOWN_NOISE).abs().argmin())
 
-    def score(a: Tensor, t: int = shown) -> Tensor:
-        return -network(a, torch.full((len(a), 1), (t + 1) / steps)) / schedule.sqrt_1m_abar[t]
+    def score(a: Tensor, t: int = shown) -> Tensor:  # of a_t / sqrt_abar = a_0 + reverse_std eps
+        return -network(schedule.sqrt_abar[t] * a, torch.full((len(a), 1), (t + 1) / steps)) / schedule.reverse_std[t]
 
     chunks = torch.arange(args.samples).split(10_000)
     return torch.cat([denoise(network, schedule, len(chunk)) for chunk in chunks]), score
@@ -296,7 +297,7 @@ def run_true(target: Target, args: Args) -> tuple[Tensor, Callable]:
 def run_qsm(target: Target, args: Args) -> tuple[Tensor, Callable]:
     def draw(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
         a_t = schedule.noised(2 * torch.rand(len(t), 2) - 1, t, torch.randn(len(t), 2))
-        return a_t, schedule.sqrt_1m_abar[t, None] * target.energy_gradient(a_t)[1]
+        return a_t, schedule.sqrt_1m_abar[t, None] * target.energy_gradient(a_t)[1]  # eps = -sqrt_1m_abar score
 
     return train_score(args, draw)
 
@@ -321,39 +322,40 @@ def run_idem(
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, outer * inner)
 
-    def sigma_at(u: Tensor) -> Tensor:
-        return sigma_min * (sigma_max / sigma_min) ** u
+    def sigma_at(level: Tensor) -> Tensor:
+        return sigma_min * (sigma_max / sigma_min) ** level
 
-    def score(x: Tensor, u: Tensor) -> Tensor:
-        return network(x / (1 + sigma_at(u) ** 2).sqrt(), u) / sigma_at(u)
+    def score(x: Tensor, level: Tensor) -> Tensor:
+        return network(x / (1 + sigma_at(level) ** 2).sqrt(), level) / sigma_at(level)
 
     @torch.no_grad()
     def sample(n: int) -> Tensor:
-        """Steps of the reverse diffusion from N(0, sigma_max^2 I), and one denoising step at the end."""
-        x, u = sigma_max * torch.randn(n, 2), torch.linspace(1, 0, args.diffusion_steps + 1)
+        """Reverse diffusion from N(0, sigma_max^2 I), as in the official code, then a denoising step. The noised pi is
+        wider than that: on gmm this alone makes a mode error of 0.046, even with an exact score."""
+        x, levels = sigma_max * torch.randn(n, 2), torch.linspace(1, 0, args.diffusion_steps + 1)
         for i in range(args.diffusion_steps):
-            drop = sigma_at(u[i]) ** 2 - sigma_at(u[i + 1]) ** 2
-            x = x + drop * score(x, u[i].expand(n, 1)) + drop.sqrt() * torch.randn(n, 2)
+            drop = sigma_at(levels[i]) ** 2 - sigma_at(levels[i + 1]) ** 2
+            x = x + drop * score(x, levels[i].expand(n, 1)) + drop.sqrt() * torch.randn(n, 2)
         return x + sigma_min**2 * score(x, torch.zeros(n, 1))
 
     buffer = torch.empty(0, 2)
     for _ in range(outer):
         buffer = torch.cat([buffer, sample(1000)])[-10_000:]
         for _ in range(inner):
-            u = torch.rand(batch, 1)
-            sigma = sigma_at(u)
+            level = torch.rand(batch, 1)
+            sigma = sigma_at(level)
             x = buffer[torch.randint(len(buffer), (batch,))] + sigma * torch.randn(batch, 2)
             # sigma times a score is of order 1 at all noise levels; where no sample hits a mode, estimates explode
             estimate = sigma * idem_score(target.energy_gradient, x, sigma, torch.randn(batch, k, 2))
             estimate = estimate * (clip / estimate.norm(dim=1, keepdim=True)).clamp(max=1)
-            loss = F.mse_loss(sigma * score(x, u), estimate)
+            loss = F.mse_loss(sigma * score(x, level), estimate)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             decay.step()
-    u = math.log(SHOWN_NOISE / sigma_min) / math.log(sigma_max / sigma_min)
+    level = math.log(SHOWN_NOISE / sigma_min) / math.log(sigma_max / sigma_min)
     samples = torch.cat([sample(len(chunk)) for chunk in torch.arange(args.samples).split(10_000)])
-    return samples, lambda a: score(a, torch.full((len(a), 1), u))
+    return samples, lambda a: score(a, torch.full((len(a), 1), level))
 
 
 # Langevin -------------------------------------------------------------------------------------------
@@ -376,7 +378,7 @@ def run_langevin(target: Target, args: Args, step=2e-4, n=1000) -> tuple[Tensor,
 
 
 class RealNVP(nn.Module):
-    """Affine coupling layers that turn z ~ N(0, 0.5^2 I) into a, each moving one coordinate by the other."""
+    """Affine coupling layers that turn z ~ N(0, 0.5^2 I) into a; each changes one coordinate, given the other."""
 
     def __init__(self, layers: int = 10, hidden: int = 64):
         super().__init__()
@@ -393,7 +395,6 @@ class RealNVP(nn.Module):
         return 2 * torch.tanh(log_scale / 2), shift
 
     def sample(self, n: int) -> Tensor:
-        """(n, 2) samples."""
         parts = list((0.5 * torch.randn(n, 2)).split(1, dim=1))
         for i, net in enumerate(self.nets):
             log_scale, shift = self.scale_and_shift(net, parts[i % 2])
@@ -402,33 +403,33 @@ class RealNVP(nn.Module):
 
     def log_prob(self, a: Tensor) -> Tensor:
         """log q of points (n, 2), (n,), by the change of variables."""
-        parts, log_slope = list(a.split(1, dim=1)), 0.0
+        parts, log_det = list(a.split(1, dim=1)), 0.0
         for i, net in reversed(list(enumerate(self.nets))):
             log_scale, shift = self.scale_and_shift(net, parts[i % 2])
             parts[1 - i % 2] = (parts[1 - i % 2] - shift) * (-log_scale).exp()
-            log_slope = log_slope - log_scale[:, 0]
+            log_det = log_det - log_scale[:, 0]
         z = torch.cat(parts, dim=1)
-        return -2 * (z**2).sum(1) - math.log(2 * math.pi * 0.25) + log_slope
+        return -2 * (z**2).sum(1) - math.log(2 * math.pi * 0.25) + log_det
 
 
 class Densities(NamedTuple):
     log_q: Tensor  # (n,)
-    grad_q: Tensor  # (n, 2)
-    log_f: Tensor
-    grad_f: Tensor
+    grad_log_q: Tensor  # (n, 2)
+    log_f: Tensor  # f is what the annealing leads to, not normalised
+    grad_log_f: Tensor
 
 
 @torch.no_grad()
 def annealed_importance_sampling(a: Tensor, densities: Callable, betas: list[float], step: float, leapfrogs: int = 2):
-    """Move samples a (n, 2) of q towards f by Hamiltonian Monte Carlo on q^{1-beta} f^beta, beta along `betas`, 1 last.
+    """Move samples a (n, 2) of q towards f: Hamiltonian Monte Carlo on q^{1-beta} f^beta, at each of `betas` but the
+    last, which is 1. `densities(a)` gives their `Densities`.
 
-    `densities(a)` gives their `Densities`. Returns the moved samples, logarithms of weights (n,) whose mean estimates
-    ∫f without bias, and the mean acceptance rate.
+    Returns the moved samples, log w (n,), where the mean of w estimates ∫f without bias, and the mean acceptance rate.
     """
 
     def annealed(state: Densities, beta: float) -> tuple[Tensor, Tensor]:
         """Log-density and its gradient."""
-        return (1 - beta) * state.log_q + beta * state.log_f, (1 - beta) * state.grad_q + beta * state.grad_f
+        return (1 - beta) * state.log_q + beta * state.log_f, (1 - beta) * state.grad_log_q + beta * state.grad_log_f
 
     state, log_w, accepted, before = densities(a), torch.zeros(len(a)), [], 0.0
     for beta in betas:
@@ -457,7 +458,7 @@ def run_fab(target: Target, args: Args, iterations=1200, batch=512, intermediate
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     betas, step = [i / (intermediate + 1) for i in range(1, intermediate + 2)], 0.03
 
-    def flow_score(a: Tensor) -> tuple[Tensor, Tensor]:
+    def log_q_and_score(a: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             a = a.detach().requires_grad_(True)
             log_q = flow.log_prob(a)
@@ -465,8 +466,8 @@ def run_fab(target: Target, args: Args, iterations=1200, batch=512, intermediate
 
     def densities(a: Tensor) -> Densities:
         """q and pi^2 / q, the target of the alpha = 2 divergence."""
-        (log_q, grad_q), (energy, gradient) = flow_score(a), target.energy_gradient(a)
-        return Densities(log_q, grad_q, -2 * energy - log_q, -2 * gradient - grad_q)
+        (log_q, grad_log_q), (energy, gradient) = log_q_and_score(a), target.energy_gradient(a)
+        return Densities(log_q, grad_log_q, -2 * energy - log_q, -2 * gradient - grad_log_q)
 
     for _ in range(iterations):
         with torch.no_grad():
@@ -480,12 +481,12 @@ def run_fab(target: Target, args: Args, iterations=1200, batch=512, intermediate
         optimizer.step()
         decay.step()
     with torch.no_grad():
-        return flow.sample(args.samples), lambda a: flow_score(a)[1]
+        return flow.sample(args.samples), lambda a: log_q_and_score(a)[1]
 
 
 class Sampler(NamedTuple):
     name: str  # in pictures
-    score: str  # what its score field is; empty if it learns none
+    caption: str  # of its score field
     run: Callable  # run(target, args) gives samples and score
 
 
@@ -494,7 +495,7 @@ METHODS = {
     "rssm": Sampler("RSSM", NOISED_SCORE, run_rssm),
     "dsm": Sampler("DSM (true samples)", NOISED_SCORE, run_dsm),
     "idem": Sampler("iDEM", NOISED_SCORE, run_idem),
-    "langevin": Sampler("Langevin", "", run_langevin),
+    "langevin": Sampler("Langevin", "no learned score", run_langevin),
     "fab": Sampler("FAB", "score of the flow", run_fab),
     "qsm": Sampler("QSM", NOISED_SCORE, run_qsm),
     "true": Sampler("True samples", NOISED_SCORE, run_true),
@@ -504,12 +505,12 @@ METHODS = {
 # Metrics, picture, program --------------------------------------------------------------------------
 
 
-def cell_masses(log_prob, cells: int = 40, inside: int = 10) -> Tensor:
-    """Mass of a density in each cell of the box, (cells, cells), normalised; by inside^2 midpoints each."""
-    x = (torch.arange(cells * inside) + 0.5) / (cells * inside) * 2 - 1
+def cell_masses(log_prob, cells: int = 40, per_side: int = 10) -> Tensor:
+    """Mass of a density in each cell of the box, (cells, cells), normalised; by per_side^2 midpoints each."""
+    x = (torch.arange(cells * per_side) + 0.5) / (cells * per_side) * 2 - 1
     points = torch.stack(torch.meshgrid(x, x, indexing="ij"), dim=-1)
     density = torch.stack([log_prob(row).double().exp() for row in points])
-    mass = density.reshape(cells, inside, cells, inside).sum((1, 3))
+    mass = density.reshape(cells, per_side, cells, per_side).sum((1, 3))
     return mass / mass.sum()
 
 
@@ -543,7 +544,7 @@ def draw_picture(path: Path, target: Target, name: str, results: dict) -> None:
             axis.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
         top.scatter(*samples[:4000].T, s=1.5, alpha=0.35, color="tab:blue", linewidths=0, rasterized=True)
         top.set_title(f"{METHODS[method].name}: KL {row['kl']:.3f}", fontsize=11)
-        bottom.set_title("no learned score" if score is None else METHODS[method].score, fontsize=9)
+        bottom.set_title(METHODS[method].caption, fontsize=9)
         if score is not None:
             coarse = torch.linspace(-1.05, 1.05, 22)
             where = torch.stack(torch.meshgrid(coarse, coarse, indexing="xy"), dim=-1).reshape(-1, 2)
@@ -551,7 +552,7 @@ def draw_picture(path: Path, target: Target, name: str, results: dict) -> None:
             size = field.norm(dim=1, keepdim=True)
             arrows = field / size.clamp(min=1e-9) * (size / size.quantile(0.9)).clamp(max=1).sqrt()
             bottom.quiver(*where.T, *arrows.T, size[:, 0].log10(), cmap="viridis", scale=22, width=0.004, headwidth=4)
-    fig.suptitle(f"Sampling '{name}': true density as contours, arrows coloured by their log-length", fontsize=11)
+    fig.suptitle(f"Sampling '{name}': true density as contours, arrows coloured by log10 |score|", fontsize=11)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
