@@ -124,6 +124,19 @@ class NoRenderMode(Scripted):
         super().__init__()
 
 
+class Filmed(Scripted):
+    """Draws itself, without OpenGL."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((64, 64, 3), 20 * self.t, np.uint8)
+
+
 class Integers(Scripted):
     action_space = gym.spaces.Box(-3, 3, (2,), np.int64)
 
@@ -185,7 +198,8 @@ class Wide(Scripted):
 
 KIN = [
     Scripted, Raising, NanReward, NanLater, NanReturn, HugeReward, InfiniteObservation, RaisingReset, InterruptedReset,
-    Wandering, NoRenderMode, Integers, NoSeed, OnlyTwo, Endless, OwnEpisode, Unbounded, Pinned, Wide,
+    Wandering, NoRenderMode, Filmed, Integers, NoSeed, OnlyTwo, Endless, OwnEpisode, Unbounded, Pinned, Wide,
 ]  # fmt: skip
 for kin in KIN:
     gym.register(f"{kin.__name__}-v0", kin)
+gym.register("kin/Scripted-v0", Scripted)

@@ -10,8 +10,10 @@ import sys
 
 import pytest
 import tyro
+import yaml
 from conftest import ROOT, TESTS
 
+import sac
 import sdac
 
 sys.path.insert(0, str(TESTS / "benchmarks"))
@@ -22,7 +24,7 @@ UNFINISHED = {"gpu/HalfCheetah-v4/sdac-official-1": 240_000}  # steps
 
 
 def arguments(script):
-    """Flags of a script: {name: value type}."""
+    """Flags of a script."""
     module = importlib.import_module(script)
     return {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(module.Args)}
 
@@ -39,20 +41,16 @@ def test_the_official_configuration_is_the_docstrings():
     assert f"official defaults are `{campaign.OFFICIAL}`" in " ".join(sdac.__doc__.split())
 
 
+def test_the_readme_has_the_flags_of_the_curves():
+    (flags,) = re.findall(r"^python sac.py --env-id HalfCheetah-v4 (.*)$", (ROOT / "README.md").read_text(), re.M)
+    curve = campaign.flags_of("locomotion", "sac")
+    assert tyro.cli(sac.Args, args=flags.split()) == tyro.cli(sac.Args, args=curve)
+
+
 def sweep():
-    """The few lines of YAML that the sweep has, read without a library: {parameter: values}, and the program."""
-    text = (TESTS / "benchmarks" / "sweep.yaml").read_text()
-    parameters, program = {}, None
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    for line in lines[lines.index("parameters:") + 1 :]:
-        if line.startswith("  ") and line[2] != " ":
-            values = parameters.setdefault(line.strip(" :"), [])
-        elif "[" in line:
-            values += line[line.index("[") + 1 : line.index("]")].split(", ")
-        elif line.strip().startswith("- "):
-            values.append(line.strip()[2:])
-    program = next(line.split(": ")[1] for line in lines if line.startswith("program"))
-    return parameters, program
+    """The sweep's {parameter: values}, and its program."""
+    about = yaml.safe_load((TESTS / "benchmarks" / "sweep.yaml").read_text())
+    return {name: values["values"] for name, values in about["parameters"].items()}, about["program"]
 
 
 def test_the_sweep_runs_the_matrix_of_the_paper_profile():
@@ -63,7 +61,7 @@ def test_the_sweep_runs_the_matrix_of_the_paper_profile():
     paper = campaign.PROFILES["paper"]
     assert sorted(parameters["tasks"]) == sorted(paper["tasks"])
     assert sorted(parameters["agents"]) == sorted(paper["agents"])
-    assert list(map(int, parameters["seeds"])) == paper["seeds"]
+    assert parameters["seeds"] == paper["seeds"]
     one_run = ["paper", *(f"--{name}={values[0]}" for name, values in parameters.items())]
     assert campaign.parser().parse_args(one_run).agents == [parameters["agents"][0]]
 

@@ -138,6 +138,9 @@ def test_numbers_out_of_range_are_refused_by_their_name(script):
     numbers = {name for name, value in defaults.items() if type(value) in (int, float)}
     assert len(numbers) > 12
     for name in numbers:
+        if name != "target_entropy_scale":
+            with pytest.raises(pydantic.ValidationError, match=name):
+                module.Args(**{name: -0.1})
         whole = isinstance(defaults[name], int)
         for value in (-1,) if whole else (math.nan, math.inf, -math.inf):
             with pytest.raises(pydantic.ValidationError, match=name):
@@ -148,6 +151,5 @@ def test_numbers_out_of_range_are_refused_by_their_name(script):
     rates = {name for name in numbers if name in ("gamma", "tau") or name.endswith(("_lr", "learning_rate"))}
     assert {"gamma", "tau"} < rates
     for name in rates:
-        for value in (-0.1, 1.1):
-            with pytest.raises(pydantic.ValidationError, match=name):
-                module.Args(**{name: value})
+        with pytest.raises(pydantic.ValidationError, match=name):
+            module.Args(**{name: 1.1})

@@ -2,6 +2,7 @@
 needs no command line is tested once, in this process and not compiled, mostly through sac.py."""
 
 import contextlib
+import copy
 import importlib
 import json
 import math
@@ -146,13 +147,13 @@ def test_updates_follow_each_vector_step_once_learning_starts(train, flags, upda
 
 def test_evaluation_plays_the_first_episode_of_each_of_its_environments(train):
     """Training has the seeds 1, 2 and 3, and each evaluation the same other ones. A vector step counts three steps."""
-    folder = train("run", "--seed 1 --eval-episodes 4 --total-timesteps 100")
+    folder = train("run", "--seed 1 --eval-episodes 4 --eval-frequency 25 --total-timesteps 100")
     seeds = scripted.Scripted.seeds
     assert seeds[:3] == [1, 2, 3] and seeds[3:] == 4 * seeds[3:7] and len(set(seeds)) == 7
     returns = [sum(100 * (seed % 8) + t for t in range(1, seed % 8 + 4)) for seed in seeds[3:7]]
     table = [row[:-1] for row in evaluations(folder)]
     statistics = [np.mean(returns), np.std(returns), min(returns), max(returns)]
-    assert table == [[30, 0, *statistics], [60, 10, *statistics], [90, 20, *statistics], [102, 24, *statistics]]
+    assert table == [[27, 0, *statistics], [51, 7, *statistics], [75, 15, *statistics], [102, 24, *statistics]]
 
 
 @pytest.mark.parametrize("script", RL_SCRIPTS)
@@ -215,6 +216,18 @@ class Still(torch.nn.Module):
         return {}
 
 
+def test_the_first_episode_of_each_evaluation_is_recorded(inside, train):
+    folder = train("run", "--capture-video --total-timesteps 60", env_id="Filmed-v0")
+    assert inside("sac", "--evaluate", folder).returncode == 0  # --capture-video is one of its arguments
+    names = sorted(path.name for path in (folder / "videos").glob("*.mp4"))
+    assert names == [f"{name}-episode-0.mp4" for name in ("evaluate", "step-30", "step-60")]
+
+
+def test_an_id_with_a_namespace_makes_one_folder(train):
+    folder = train("run", env_id="scripted:kin/Scripted-v0")
+    assert folder.name.startswith("scripted-kin-Scripted-v0__sac__1__")
+
+
 def test_an_environment_with_an_episode_key_of_its_own_trains(train):
     assert load(train("run", env_id="OwnEpisode-v0"))["step"] == 90
 
@@ -237,19 +250,20 @@ def test_tensorboard_has_the_usual_names(train):
 def test_a_resumed_run_starts_from_what_was_saved(inside, train):
     folder = train("run")
     saved, seen = load(folder), {}
+    scripted.Scripted.seeds.clear()
 
     class Spy(sac.SAC):
         def act(self, observations, explore):
             if not seen:
-                seen["agent"] = {name: value.clone() for name, value in self.state_dict().items()}
-                seen["optimizers"] = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
-                seen["updates"] = self.updates
+                seen["agent"] = copy.deepcopy(self.state_dict())
+                seen["optimizers"] = copy.deepcopy([optimizer.state_dict()["state"] for optimizer in self.optimizers])
+                seen["updates"], seen["seed"] = self.updates, torch.initial_seed()
             return super().act(observations, explore)
 
     assert inside("sac", "--resume", folder, "--total-timesteps", 120, agent=Spy).returncode == 0
     further = load(folder)
-    assert all(equal(seen[part], saved[part]) for part in ("agent", "updates"))
-    assert [list(state) for state in seen["optimizers"]] == [list(state) for state in saved["optimizers"]]
+    assert all(equal(seen[part], saved[part]) for part in ("agent", "optimizers", "updates"))
+    assert seen["seed"] == 91 and scripted.Scripted.seeds[:3] == [91, 92, 93]  # other random numbers than the first run
     assert further["step"] == 120 and further["updates"] == 30
     for old, new in zip(saved["buffer"]["columns"], further["buffer"]["columns"]):
         assert torch.equal(new[:90], old)
@@ -383,15 +397,15 @@ def test_metrics_may_have_any_name(train):
 
 
 def test_each_checkpoint_is_written_once(train, monkeypatch):
-    written = []
+    steps = []
 
     def write(path, content, write=sac.write):
-        written.append(path.name)
+        steps.extend([content["step"]] if path.name == "checkpoint.pt" else [])
         write(path, content)
 
     monkeypatch.setattr(sac, "write", write)
-    train("run")
-    assert written.count("checkpoint.pt") == 3  # after 30, 60 and 90 steps
+    train("run", "--checkpoint-frequency 25")
+    assert steps == [27, 51, 75, 90]  # the first step of the three environments at or after each multiple, and the end
 
 
 def test_a_resumed_run_does_not_keep_the_old_checkpoint_mapped(inside, train):

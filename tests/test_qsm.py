@@ -22,7 +22,7 @@ T = 5
 
 def make(**changes):
     """A small agent whose target critics differ from the online ones, and its oracle."""
-    agent = qsm.QSM(4, 2, qsm.Args(**{"hidden_size": 16, "tau": 0.1, **changes}))
+    agent = qsm.QSM(4, 2, qsm.Args(**{"hidden_size": 16, "tau": 0.1, "q_lr": 1e-3, **changes}))
     scatter(agent.target_critics)
     return agent, pairs.oracle(agent)
 

@@ -65,8 +65,9 @@ def test_sac_clamps_the_log_standard_deviation():
 
 
 def make_sac():
-    agent = sac.SAC(4, 2, sac.Args(hidden_size=16, tau=0.1))
+    agent = sac.SAC(4, 2, sac.Args(hidden_size=16, tau=0.1, q_lr=1e-3, alpha_lr=2e-3))
     scatter(agent.target_critics)
+    assert agent.log_alpha == 0  # alpha starts at 1
     agent.log_alpha.data.fill_(-0.7)
     return agent, pairs.oracle(agent)
 

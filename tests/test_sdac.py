@@ -27,7 +27,7 @@ def schedule():
 def make(**changes):
     """A small agent whose averages differ from the online networks, and its oracle."""
     sizes = dict(hidden_size=16, num_particles=3, num_reverse_samples=5, diffusion_steps=6)
-    agent = sdac.SDAC(4, 2, sdac.Args(**{**sizes, "lambda_frequency": 3, "tau": 0.1, **changes}))
+    agent = sdac.SDAC(4, 2, sdac.Args(**{**sizes, "lambda_frequency": 3, "tau": 0.1, "q_lr": 1e-3, **changes}))
     scatter(agent.ema_policy, agent.target_critics)
     return agent, pairs.oracle(agent)
 
@@ -274,7 +274,7 @@ def test_initial_weights():
         {"soft_critic": True},
         {"bounded_reverse_sampling": False},
         {"proposal": "policy"},
-        {"policy_lr_decay_begin": 1, "policy_lr_decay_end": 3, "lambda_frequency": 2},
+        {"policy_frequency": 1, "policy_lr_decay_begin": 1, "policy_lr_decay_end": 3, "lambda_frequency": 2},
     ],
     ids=str,
 )
@@ -298,6 +298,14 @@ def test_random_numbers_are_standard(bounded):
         u = numbers.pop()
         assert 0 <= u.min() < 0.01 and 0.99 < u.max() < 1 and abs(u.mean() - 0.5) < 0.01
     pairs.assert_standard(numbers, steps=6)
+
+
+def test_proposals_are_drawn_only_where_the_policy_is_trained():
+    agent, batch = make()[0], random_batch(sdac)
+    for drawn in (6, 3):  # start, steps and exploration of a'; then t, the noise of a_t, and that of reverse samples
+        with pairs.recorded() as numbers:
+            agent.update(batch)
+        assert len(numbers) == drawn
 
 
 @pytest.mark.parametrize("explore", [True, False])
