@@ -90,6 +90,7 @@ PROFILES = {
             "sdac-T5-target4": "--diffusion-steps 5 --target-particles 4",
             # from here on around the defaults of today
             "sdac-M64": f"{TODAY} --num-reverse-samples 64",
+            "sdac-M32": f"{TODAY} --num-reverse-samples 32",
             "sdac-lr": f"{TODAY} --policy-lr-end 3e-4",
             "sdac-target8-warm": f"{TODAY} --target-particles 8 --temperature 0.25",
             "sdac-target8-hot": f"{TODAY} --target-particles 8 --temperature 1",
