@@ -374,11 +374,13 @@ def table_of_scores(profile):
         whole = [(agent, *run, "locomotion") for agent in ("sdac-T20", "sdac") for run in whole[agent].items()]
         for agent, seed, rows, folder in [*whole, *runs]:
             at = {int(row["step"]): row["mean"] for row in rows}
-            score = sum(at[step] for step in range(420_000, 520_001, 20_000)) / 6
+            last = [at[step] for step in range(420_000, 520_001, 20_000) if step in at]
+            score = f"{sum(last) / 6:.0f}" if len(last) == 6 else ""  # the run was stopped before
             about = json.loads((RESULTS / folder / task / f"{agent}-{seed}.json").read_text())
             script, _, variant = agent.partition("-")
-            cells = [task, f"`{script}.py` {variant}".strip(), str(seed), *(f"{at[step]:.0f}" for step in steps)]
-            lines.append(f"| {' | '.join([*cells, f'{score:.0f}', str(about.get('effective_sample_size', ''))])} |")
+            cells = [task, f"`{script}.py` {variant}".strip(), str(seed)]
+            cells += [f"{at[step]:.0f}" if step in at else "" for step in steps]
+            lines.append(f"| {' | '.join([*cells, score, str(about.get('effective_sample_size', ''))])} |")
     return "\n".join(lines) + "\n"
 
 
