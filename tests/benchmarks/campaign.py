@@ -49,6 +49,7 @@ PROFILES = {
         "agents": {
             "sdac": "",
             "sdac-T20": FORMER,
+            "sdac-M64": "--num-reverse-samples 64",
             "qsm": "--q-gradient-scale 5",
             "sac": "",
             "sac-u5": "--updates-per-step 5",  # the baselines with as many updates as steps
