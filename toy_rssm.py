@@ -424,7 +424,7 @@ def annealed_importance_sampling(a: Tensor, densities: Callable, betas: list[flo
     """Move samples a (n, 2) of q towards f: Hamiltonian Monte Carlo on q^{1-beta} f^beta, at each of `betas` but the
     last, which is 1. `densities(a)` gives their `Densities`.
 
-    Returns the moved samples, log w (n,), where the mean of w estimates ∫f without bias, and the mean acceptance rate.
+    Returns the moved samples, log w (n,), where w estimates ∫f without bias, and the mean acceptance rate.
     """
 
     def annealed(state: Densities, beta: float) -> tuple[Tensor, Tensor]:
