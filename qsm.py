@@ -27,9 +27,9 @@ The algorithm:
      7      policy: t uniform, a_t by (1), one step of Adam on J_pi, the gradient of Q held fixed
 
 The known weakness: (4) takes ∇_a Q at the *noised* action, which may lie outside the box, where Q is not trained; and
-the score of exp(Q) noised is in general no multiple of it. For a concave quadratic Q both are affine in a_t, but their
-slopes depend on t in different ways, and their zeros differ unless Q is largest at 0. Reverse sampling score matching
-(sdac.py) has no such bias and needs no gradient of Q.
+the score of exp(Q) noised is in general no multiple of it. For a concave quadratic Q that score is affine in a_t, as
+M_q ∇_a Q / sqrt(1-abar_t) is, but their slopes depend on t in different ways, and their zeros differ unless Q is
+largest at 0. Reverse sampling score matching (sdac.py) has no such bias and needs no gradient of Q.
 
 Usage:
     python qsm.py --env-id HalfCheetah-v4 --q-gradient-scale 5
@@ -107,7 +107,7 @@ class Args:
     q_lr: Fraction = 3e-4  # learning rate of the critics
     policy_lr: Fraction = 3e-4  # initial learning rate of the policy; half-cosine decay to 0
     policy_lr_steps: Count = 2_000_000  # policy updates until it is 0
-    q_gradient_scale: NotNegative = 50.0  # M_q; 5 learned faster on HalfCheetah-v4, authors use 120 for large bodies
+    q_gradient_scale: NotNegative = 50.0  # M_q; the authors' 50; 5 learned faster on HalfCheetah-v4
     exploration_noise: NotNegative = 0.1  # standard deviation of the noise on actions, in acting and in targets
     diffusion_steps: Annotated[int, Field(ge=2, le=1000)] = 5  # denoising steps T
     hidden_size: Count = 512  # width of the two hidden layers of critics and policy
@@ -283,7 +283,7 @@ class QSM(nn.Module):
         """Actions (B, d) for observations (B, o): DDPM samples, with exploration noise or without."""
         shape, device = (len(observations), self.action_dim), observations.device
         start, z = torch.randn(shape, device=device), torch.randn(self.args.diffusion_steps, *shape, device=device)
-        actions = denoise(self.policy, self.schedule, observations, start, z).clone()  # graphs overwrite their results
+        actions = denoise(self.policy, self.schedule, observations, start, z).clone()  # CUDA graphs reuse their memory
         if explore:
             actions = (actions + self.args.exploration_noise * torch.randn_like(actions)).clamp(-1, 1)
         return actions
@@ -574,7 +574,7 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                 if agent.updates == 0 and step > args.learning_starts:  # the time left is counted from here on
                     bar.initial, bar.start_t, bar.last_print_t = step, time.time(), time.time()
                 for _ in range(args.updates_per_step if step > args.learning_starts else 0):
-                    metrics |= agent.update(buffer.sample(args.batch_size, device))
+                    metrics |= agent.update(buffer.sample(args.batch_size, device))  # some come less often than others
                     if agent.updates % 100 == 0:
                         check_finite(f"step {step}", metrics)
                         for name, metric in metrics.items():

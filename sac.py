@@ -231,7 +231,7 @@ class SAC(nn.Module):
     def alpha_loss(self, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Equation (7): alpha rises while the entropy, -E log pi, is below -d."""
         alpha = self.log_alpha.exp()
-        loss = alpha * (entropy + self.action_dim)
+        loss = alpha * (entropy + self.action_dim)  # the target entropy is -d
         return loss, {"alpha": alpha, "alpha_loss": loss}
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
@@ -499,7 +499,7 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                 if agent.updates == 0 and step > args.learning_starts:  # the time left is counted from here on
                     bar.initial, bar.start_t, bar.last_print_t = step, time.time(), time.time()
                 for _ in range(args.updates_per_step if step > args.learning_starts else 0):
-                    metrics |= agent.update(buffer.sample(args.batch_size, device))
+                    metrics |= agent.update(buffer.sample(args.batch_size, device))  # some come less often than others
                     if agent.updates % 100 == 0:
                         check_finite(f"step {step}", metrics)
                         for name, metric in metrics.items():

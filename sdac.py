@@ -753,7 +753,7 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                 if agent.updates == 0 and step > args.learning_starts:  # the time left is counted from here on
                     bar.initial, bar.start_t, bar.last_print_t = step, time.time(), time.time()
                 for _ in range(args.updates_per_step if step > args.learning_starts else 0):
-                    metrics |= agent.update(buffer.sample(args.batch_size, device))
+                    metrics |= agent.update(buffer.sample(args.batch_size, device))  # some come less often than others
                     if agent.updates % 100 == 0:
                         check_finite(f"step {step}", metrics)
                         for name, metric in metrics.items():

@@ -28,7 +28,7 @@ Usage:
 
 Departures from the paper: today's usual learning rates of 3e-4, batches of 256, 25,000 random steps and two hidden
 layers of 256. As in the authors' code, a' is clipped to [-1, 1]. The policy is trained in updates 1, 3, 5, ..., where
-the paper's algorithm trains it in 2, 4, 6, ...
+theirs is trained in 2, 4, 6, ...
 """
 
 # /// script
@@ -487,7 +487,7 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                 if agent.updates == 0 and step > args.learning_starts:  # the time left is counted from here on
                     bar.initial, bar.start_t, bar.last_print_t = step, time.time(), time.time()
                 for _ in range(args.updates_per_step if step > args.learning_starts else 0):
-                    metrics |= agent.update(buffer.sample(args.batch_size, device))
+                    metrics |= agent.update(buffer.sample(args.batch_size, device))  # some come less often than others
                     if agent.updates % 100 == 0:
                         check_finite(f"step {step}", metrics)
                         for name, metric in metrics.items():
