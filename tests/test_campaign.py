@@ -117,6 +117,15 @@ def test_the_results_page_has_the_table_that_the_files_give(profile):
     assert tables_only or (TESTS / "results" / profile / "curves.png").exists()
 
 
+def test_the_readme_gives_the_returns_of_the_results_page():
+    rows = [row.split(" | ") for row in campaign.table("locomotion").splitlines()]
+    returns = {(task.removeprefix("| "), script): mean for task, script, mean, *_ in rows}
+    readme = (ROOT / "README.md").read_text()
+    for task in campaign.PROFILES["locomotion"]["tasks"]:
+        cells = [returns[task, f"`{script}.py`"] for script in ("sdac", "qsm", "sac", "td3")]
+        assert f"| {task} | {' | '.join(cells)} | " in readme
+
+
 @pytest.mark.parametrize("profile", PROFILES_WITH_RESULTS)
 def test_results_were_made_with_the_profiles_flags(profile):
     for path in (TESTS / "results" / profile).glob("*/*.json"):
