@@ -92,6 +92,7 @@ PROFILES = {
             # from here on around the defaults of today
             "sdac-M64": f"{TODAY} --num-reverse-samples 64",
             "sdac-M32": f"{TODAY} --num-reverse-samples 32",
+            "sdac-M64-target4": f"{TODAY} --num-reverse-samples 64 --target-particles 4",
             "sdac-lr": f"{TODAY} --policy-lr-end 3e-4",
             "sdac-target8-warm": f"{TODAY} --target-particles 8 --temperature 0.25",
             "sdac-target8-hot": f"{TODAY} --target-particles 8 --temperature 1",
@@ -172,8 +173,8 @@ PUBLISHED = {
     "Walker2d-v4": {"td3": 3514, "sac": 4888, "qsm": 3613, "sdac": 4251},
 }
 
-# The official SDAC code's return, run by others: the larger of CGPO's figures above and of BootFlow's README (v4 tasks,
-# the official protocol; Humanoid-v4 with 5,000,000 steps).
+# The official SDAC code's return, run by others: the larger of CGPO's figures above and of BootFlow's README (v4 tasks;
+# Humanoid-v4 with 5,000,000 steps).
 OFFICIAL_RETURN = {"HalfCheetah-v4": 11765, "Humanoid-v4": 5359, "Ant-v4": 1405, "Walker2d-v4": 4251}
 
 
