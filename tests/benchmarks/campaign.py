@@ -94,6 +94,7 @@ PROFILES = {
             "sdac-M32": f"{TODAY} --num-reverse-samples 32",
             "sdac-M64-target4": f"{TODAY} --num-reverse-samples 64 --target-particles 4",
             "sdac-lr": f"{TODAY} --policy-lr-end 3e-4",
+            "sdac-lr1e-4": f"{TODAY} --policy-lr 1e-4",
             "sdac-target8-warm": f"{TODAY} --target-particles 8 --temperature 0.25",
             "sdac-target8-hot": f"{TODAY} --target-particles 8 --temperature 1",
             "sdac-N32": f"{TODAY} --num-particles 32",
