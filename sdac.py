@@ -148,6 +148,7 @@ class Args:
     reward_scale: Positive = 0.2  # factor on rewards in the critics' target; scales Q, and the lambda that suits it
     hidden_size: Count = 256  # width of the three hidden layers of critics and policy
     diffusion_steps: Annotated[int, Field(ge=2, le=200)] = 5  # denoising steps T
+    beta_power: Annotated[float, Field(ge=1, le=10)] = 1.0  # the betas grow as this power of a linear function of t
     num_particles: Count = 16  # N: actions denoised per state, of which the best by min(Q1, Q2) is played or proposed
     target_particles: Count = 1  # the same for the actions in the critics' target
     bfloat16_sampling: bool = False  # denoise in bfloat16: native on GPUs and where `lscpu` has avx512_bf16 or amx_bf16
@@ -173,16 +174,16 @@ def normal_cdf(x: Tensor) -> Tensor:
 class Schedule(nn.Module):
     """Noise schedule; the paper's steps 1..T are t = 0..T-1 here.
 
-    beta_t grows linearly from 0.8e-4 to 0.7992, and abar_t is the product of all 1 - beta up to t. The tables (T,) are
-    computed in float64, since 1 - abar_0 = 8e-5 would lose half of its digits in float32. A step of the sampler draws
+    beta_t grows from 0.8e-4 to 0.7992 as a power of a linear function, and abar_t is the product of all 1 - beta up to
+    t. The tables (T,) are made in float64, since 1 - abar_0 = 8e-5 has half of its digits in float32. The sampler draws
     from the DDPM posterior, N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2 I), which adds no noise at t = 0.
     """
 
     start_std = 0.5  # of the Gaussian noise that denoising starts from
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, power: float = 1.0):
         super().__init__()
-        beta = 0.8 * torch.linspace(1e-4, 0.999, steps, dtype=torch.float64)
+        beta = 0.8 * torch.linspace(1e-4 ** (1 / power), 0.999 ** (1 / power), steps, dtype=torch.float64) ** power
         abar = torch.cumprod(1 - beta, dim=0)
         abar_before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         tables = {
@@ -372,7 +373,7 @@ class SDAC(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
         self.args, self.action_dim, self.updates = args, action_dim, 0
-        self.schedule = Schedule(args.diffusion_steps)
+        self.schedule = Schedule(args.diffusion_steps, args.beta_power)
         self.policy = Policy(obs_dim, action_dim, args.hidden_size)
         self.critics = Critics(obs_dim, action_dim, args.hidden_size)
         self.ema_policy = copy.deepcopy(self.policy).requires_grad_(False)

@@ -88,8 +88,9 @@ class Diffusion:
         return mean, math.sqrt(beta * (1 - before) / (1 - abar))
 
 
-def sdac_betas(steps):
-    return [0.8 * (1e-4 + (0.999 - 1e-4) * t / (steps - 1)) for t in range(steps)]
+def sdac_betas(steps, power=1):
+    first, last = 1e-4 ** (1 / power), 0.999 ** (1 / power)
+    return [0.8 * (first + (last - first) * t / (steps - 1)) ** power for t in range(steps)]
 
 
 def sdac_time_features(t, dim=16):
@@ -136,7 +137,7 @@ class SDACReference:
         self.log_lambda = log_lambda
         for tensor in [*flat(policy), *flat(critics), log_lambda]:
             tensor.requires_grad_(True)
-        self.diffusion = Diffusion(sdac_betas(args.diffusion_steps))
+        self.diffusion = Diffusion(sdac_betas(args.diffusion_steps, args.beta_power))
         self.policy_adam = Adam(flat(policy), args.policy_lr)
         self.critic_adams = [Adam(flat(critic), args.q_lr) for critic in critics]
         self.lambda_adam = Adam([log_lambda], args.lambda_lr)

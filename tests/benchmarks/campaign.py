@@ -50,6 +50,7 @@ PROFILES = {
             "sdac": "",
             "sdac-T20": FORMER,
             "sdac-M64": "--num-reverse-samples 64",
+            "sdac-T3": "--diffusion-steps 3 --beta-power 7",
             "qsm": "--q-gradient-scale 5",
             "sac": "",
             "sac-u5": "--updates-per-step 5",  # the baselines with as many updates as steps
@@ -94,7 +95,7 @@ PROFILES = {
             "sdac-M32": f"{TODAY} --num-reverse-samples 32",
             "sdac-M64-target4": f"{TODAY} --num-reverse-samples 64 --target-particles 4",
             "sdac-lr": f"{TODAY} --policy-lr-end 3e-4",
-            "sdac-lr1e-4": f"{TODAY} --policy-lr 1e-4",
+            "sdac-T3": f"{TODAY} --diffusion-steps 3 --beta-power 7",
             "sdac-target8-warm": f"{TODAY} --target-particles 8 --temperature 0.25",
             "sdac-target8-hot": f"{TODAY} --target-particles 8 --temperature 1",
             "sdac-N32": f"{TODAY} --num-particles 32",
