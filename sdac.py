@@ -288,8 +288,7 @@ class Policy(nn.Module):
         super().__init__()
         time_dim = 16
         fan_in = obs_dim + action_dim + time_dim
-        frequencies = 10_000 ** (-torch.arange(time_dim // 2) / (time_dim // 2))
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.register_buffer("frequencies", 10_000 ** (-torch.arange(time_dim // 2) / (time_dim // 2)), persistent=False)
         self.time_layers = nn.Sequential(
             Linear(time_dim, 2 * time_dim),
             Mish(),

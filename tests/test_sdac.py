@@ -35,8 +35,11 @@ def make(**changes):
 # Schedule
 
 
-def test_schedule_in_closed_form(schedule):
-    betas = np.linspace(0.8e-4, 0.8 * 0.999, T, dtype=np.longdouble)
+@pytest.mark.parametrize("power", [1, 7])
+def test_schedule_in_closed_form(power):
+    schedule, root = sdac.Schedule(T, power), np.longdouble(1) / power
+    first, last = np.longdouble(1e-4) ** root, np.longdouble(0.999) ** root
+    betas = 0.8 * np.linspace(first, last, T, dtype=np.longdouble) ** power
     log_abar = np.cumsum(np.log1p(-betas))
     abar, one_minus_abar = np.exp(log_abar), -np.expm1(log_abar)
     for table, expected in [
@@ -45,7 +48,7 @@ def test_schedule_in_closed_form(schedule):
         (schedule.reverse_std, np.sqrt(one_minus_abar / abar)),
     ]:
         np.testing.assert_allclose(table.numpy(), expected.astype(float), rtol=1e-11)
-    diffusion = reference.Diffusion(reference.sdac_betas(T))
+    diffusion = reference.Diffusion(reference.sdac_betas(T, power))
     for t in range(T):
         (mean_a0, std), (mean_at, _) = diffusion.posterior(0.0, 1.0, t), diffusion.posterior(1.0, 0.0, t)
         tables = [schedule.mean_a0[t], schedule.mean_at[t], schedule.posterior_std[t]]
@@ -274,6 +277,7 @@ def test_initial_weights():
         {"soft_critic": True},
         {"bounded_reverse_sampling": False},
         {"proposal": "policy"},
+        {"diffusion_steps": 3, "beta_power": 7.0},
         {"policy_frequency": 1, "policy_lr_decay_begin": 1, "policy_lr_decay_end": 3, "lambda_frequency": 2},
     ],
     ids=str,
