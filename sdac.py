@@ -288,7 +288,7 @@ class Policy(nn.Module):
         super().__init__()
         time_dim = 16
         fan_in = obs_dim + action_dim + time_dim
-        self.register_buffer("frequencies", 10_000 ** (-torch.arange(time_dim // 2) / (time_dim // 2)), persistent=False)
+        self.register_buffer("frequencies", 10_000 ** (-torch.arange(8) / 8), persistent=False)  # time_dim/2 of them
         self.time_layers = nn.Sequential(
             Linear(time_dim, 2 * time_dim),
             Mish(),
