@@ -96,6 +96,7 @@ PROFILES = {
             "sdac-M64-target4": f"{TODAY} --num-reverse-samples 64 --target-particles 4",
             "sdac-lr": f"{TODAY} --policy-lr-end 3e-4",
             "sdac-T3": f"{TODAY} --diffusion-steps 3 --beta-power 7",
+            "sdac-power4": f"{TODAY} --beta-power 4",
             "sdac-target8-warm": f"{TODAY} --target-particles 8 --temperature 0.25",
             "sdac-target8-hot": f"{TODAY} --target-particles 8 --temperature 1",
             "sdac-N32": f"{TODAY} --num-particles 32",
