@@ -175,7 +175,7 @@ class Schedule(nn.Module):
     """Noise schedule; the paper's steps 1..T are t = 0..T-1 here.
 
     beta_t grows from 0.8e-4 to 0.7992 as a power of a linear function, and abar_t is the product of all 1 - beta up to
-    t. The tables (T,) are made in float64, since 1 - abar_0 = 8e-5 would lose half its digits in float32. Sampling draws
+    t. The tables (T,) are made in float64: 1 - abar_0 = 8e-5 would lose half its digits in float32. The sampler draws
     from the DDPM posterior, N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2 I), which adds no noise at t = 0.
     """
 
