@@ -63,8 +63,7 @@ Where the paper, its official code (JAX, mahaitongdae/diffusion_policy_online_rl
 - The official defaults are `--temperature 1 --target-particles 32 --num-particles 32 --num-reverse-samples 64
   --proposal policy --no-bounded-reverse-sampling --diffusion-steps 20 --tau 0.005`, 30 times the arithmetic. Here:
   - lambda starts at 0.05, so that the policy is greedy by itself, and not by the best of 32 particles in the target;
-  - N = 16 particles when acting, M = 16 reverse samples and T = 5 denoising steps take less arithmetic;
-  - the averages move by 0.01 every second update, which is as fast as SAC's by 0.005 every update;
+  - N = 16, M = 16 and T = 5 take less arithmetic; averages move as fast as SAC's by 0.005 every update;
   - the proposal takes the buffer's actions: any proposal will do, and the policy's would have to be sampled;
   - reverse samples lie in the box; clipped only for Q, their policy is exp(Q(s, clip(a))/lambda), whose Z is infinite.
 - Actions are clipped to [-1, 1] after the exploration noise, in acting, in the target and in the policy's proposals;
@@ -154,7 +153,8 @@ class Args:
     bfloat16_sampling: bool = False  # denoise in bfloat16: native on GPUs and where `lscpu` has avx512_bf16 or amx_bf16
     num_reverse_samples: Count = 16  # M: reverse samples per noised action
     proposal: Literal["policy", "replay"] = "replay"  # whose actions are noised to a_t: the policy's, or the buffer's
-    bounded_reverse_sampling: bool = True  # draw reverse samples inside the action box, instead of clipping them for Q
+    bounded_reverse_sampling: bool = True  # draw reverse samples inside a box, besides clipping them for Q
+    reverse_bound: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0  # half the width of that box
     soft_critic: bool = False  # add lambda times the entropy of the exploration noise to the critics' target
     temperature: Positive = 0.05  # initial lambda
     exploration_noise: Positive = 0.5  # initial standard deviation of the exploration noise
@@ -205,14 +205,14 @@ class Schedule(nn.Module):
         """Undoes `noised`: a_0^k (B, M, d), equation (7), for a_t (B, d), t (B,) and eps (B, M, d)."""
         return (a_t / self.sqrt_abar[t, None])[:, None] - self.reverse_std[t, None, None] * eps
 
-    def bounded_noise(self, a_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Noise (B, M, d) whose reverse samples (7) lie in the box [-1, 1]^d, from uniform numbers u (B, M, d).
+    def bounded_noise(self, a_t: Tensor, t: Tensor, u: Tensor, bound: float = 1.0) -> Tensor:
+        """Noise (B, M, d) whose reverse samples (7) lie in [-bound, bound]^d, from uniform numbers u (B, M, d).
 
-        For pi on the box, qtilde is the Gaussian (3) truncated to it. The noise is then a normal truncated to
+        For pi on that box, qtilde is the Gaussian (3) truncated to it. The noise is then a normal truncated to
         [low, high], drawn by inversion: eps = Phi^-1(Phi(low) + u (Phi(high) - Phi(low))).
         """
         mean, std = (a_t / self.sqrt_abar[t, None])[:, None], self.reverse_std[t, None, None]
-        low, high = (mean - 1) / std, (mean + 1) / std  # where a_0 is 1 and -1
+        low, high = (mean - bound) / std, (mean + bound) / std  # where a_0 is bound and -bound
         below, above = normal_cdf(low), normal_cdf(-high)  # each from its accurate tail
         inside = torch.where(low > 0, normal_cdf(-low) - above, normal_cdf(high) - below)
         left, right = below + u * inside, above + (1 - u) * inside  # probability left and right of eps, together 1
@@ -448,10 +448,10 @@ class SDAC(nn.Module):
         """sum_k w_k eps_k of (9), (B, d), and the effective sample size (harmonic mean over B), from 1 to M."""
         shape = (len(a_t), self.args.num_reverse_samples, self.action_dim)
         if self.args.bounded_reverse_sampling:
-            eps = self.schedule.bounded_noise(a_t, t, torch.rand(shape, device=a_t.device))
+            eps = self.schedule.bounded_noise(a_t, t, torch.rand(shape, device=a_t.device), self.args.reverse_bound)
         else:
             eps = torch.randn(shape, device=a_t.device)
-        a_0 = self.schedule.reverse_samples(a_t, t, eps).clamp(-1, 1)  # for bounded ones, only rounding
+        a_0 = self.schedule.reverse_samples(a_t, t, eps).clamp(-1, 1)  # as the environment does
         weights = F.softmax(self.values(batch.observations, a_0) / self.temperature, dim=1)
         return torch.einsum("bm,bmd->bd", weights, eps), 1 / weights.square().sum(1).mean()
 

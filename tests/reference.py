@@ -114,10 +114,10 @@ def sdac_min_q(critics, observations, actions):
     return torch.minimum(sdac_q(critics[0], observations, actions), sdac_q(critics[1], observations, actions))
 
 
-def sdac_truncated(u, mean, spread):
-    """Noise whose reverse sample mean - spread * noise lies in [-1, 1]: quantiles u of the normal cut to that."""
+def sdac_truncated(u, mean, spread, bound):
+    """Noise whose reverse sample mean - spread * noise lies within the bound: quantiles u of the normal cut to that."""
     normal = torch.distributions.Normal(torch.zeros_like(u), torch.ones_like(u))
-    low, high = normal.cdf((mean - 1) / spread), normal.cdf((mean + 1) / spread)
+    low, high = normal.cdf((mean - bound) / spread), normal.cdf((mean + bound) / spread)
     return normal.icdf(low + u * (high - low))
 
 
@@ -201,7 +201,7 @@ class SDACReference:
         eps = reverse.reshape(-1, dim)
         with torch.no_grad():
             if args.bounded_reverse_sampling:
-                eps = sdac_truncated(eps, wide(a_t / abar.sqrt()), wide((1 / abar - 1).sqrt()))
+                eps = sdac_truncated(eps, wide(a_t / abar.sqrt()), wide((1 / abar - 1).sqrt()), args.reverse_bound)
             samples = (wide(a_t / abar.sqrt()) - wide((1 / abar - 1).sqrt()) * eps).clamp(-1, 1)
             q = sdac_min_q(self.critics, wide(batch.observations), samples).reshape(-1, m) / self.temperature
             weights = torch.exp(q - torch.logsumexp(q, dim=1, keepdim=True))

@@ -214,14 +214,15 @@ def test_bounded_noise_in_float32_has_the_quantiles_of_the_truncated_normal(sche
         assert (error < 1e-6 + 1e-7 * abs(mean) / std).all()  # float32's, of noise and of the mean in such units
 
 
-def test_bounded_reverse_samples_stay_in_the_box():
+@pytest.mark.parametrize("bound", [1, 1.5])
+def test_bounded_reverse_samples_stay_in_the_box(bound):
     torch.set_default_dtype(torch.float32)
     schedule, t = sdac.Schedule(T), torch.arange(T).repeat_interleave(500)
     a_t = schedule.noised(2 * torch.rand(len(t), 3) - 1, t, 1.5 * torch.randn(len(t), 3))
     u = torch.rand(len(t), 64, 3)
     u[:, 0], u[:, 1] = 0, 1 - 2**-24  # the smallest and the largest that torch.rand returns
-    samples = schedule.reverse_samples(a_t, t, schedule.bounded_noise(a_t, t, u))
-    assert (samples.abs() <= 1 + 1e-6 * (1 + a_t.abs() / schedule.sqrt_abar[t, None])[:, None]).all()
+    samples = schedule.reverse_samples(a_t, t, schedule.bounded_noise(a_t, t, u, bound))
+    assert (samples.abs() <= bound + 1e-6 * (1 + a_t.abs() / schedule.sqrt_abar[t, None])[:, None]).all()
 
 
 def test_a_box_out_of_sight_gives_its_nearest_wall():
@@ -278,6 +279,7 @@ def test_initial_weights():
         {"bounded_reverse_sampling": False},
         {"proposal": "policy"},
         {"diffusion_steps": 3, "beta_power": 7.0},
+        {"reverse_bound": 1.5},
         {"policy_frequency": 1, "policy_lr_decay_begin": 1, "policy_lr_decay_end": 3, "lambda_frequency": 2},
     ],
     ids=str,
