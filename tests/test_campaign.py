@@ -20,7 +20,12 @@ sys.path.insert(0, str(TESTS / "benchmarks"))
 import campaign  # noqa: E402
 
 PROFILES_WITH_RESULTS = sorted({path.parent.parent.name for path in (TESTS / "results").glob("*/*/*.csv")})
-UNFINISHED = {"gpu/HalfCheetah-v4/sdac-official-1": 240_000}  # steps
+UNFINISHED = {  # steps
+    "gpu/HalfCheetah-v4/sdac-official-1": 240_000,
+    "screening/HalfCheetah-v4/sdac-power4-bound15-1": 300_000,
+    "screening/HalfCheetah-v4/sdac-power4-clipped-1": 400_000,
+    "screening/HalfCheetah-v4/sdac-target8-hot-1": 260_000,
+}
 
 
 def arguments(script):
