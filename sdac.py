@@ -148,6 +148,7 @@ class Args:
     hidden_size: Count = 256  # width of the three hidden layers of critics and policy
     diffusion_steps: Annotated[int, Field(ge=2, le=200)] = 5  # denoising steps T
     beta_power: Annotated[float, Field(ge=1, le=10)] = 1.0  # the betas grow as this power of a linear function of t
+    denoising_noise: Fraction = 1.0  # factor on the noise that denoising adds after each step
     num_particles: Count = 16  # N: actions denoised per state, of which the best by min(Q1, Q2) is played or proposed
     target_particles: Count = 1  # the same for the actions in the critics' target
     bfloat16_sampling: bool = False  # denoise in bfloat16: native on GPUs and where `lscpu` has avx512_bf16 or amx_bf16
@@ -402,7 +403,7 @@ class SDAC(nn.Module):
         particles = []
         for chunk in observations.split(states_per_chunk(n, observations.device)):
             start = self.schedule.start_std * torch.randn(len(chunk), n, self.action_dim, device=chunk.device)
-            z = torch.randn(self.args.diffusion_steps, *start.shape, device=chunk.device)
+            z = self.args.denoising_noise * torch.randn(self.args.diffusion_steps, *start.shape, device=chunk.device)
             with torch.autocast(chunk.device.type, torch.bfloat16, enabled=self.args.bfloat16_sampling):
                 particles.append(denoise(policy, self.schedule, chunk, start, z))
         particles = torch.cat(particles)

@@ -171,7 +171,7 @@ class SDACReference:
             abar = self.diffusion.abar[t]
             a_0 = ((a_t - math.sqrt(1 - abar) * eps) / math.sqrt(abar)).clamp(-1, 1)
             mean, std = self.diffusion.posterior(a_t, a_0, t)
-            a_t = mean + std * z[t]
+            a_t = mean + self.args.denoising_noise * std * z[t]
         q = sdac_min_q(self.critics, rows, a_t).reshape(-1, n)
         particles = a_t.reshape(len(q), n, -1)
         return torch.stack([particles[i, int(q[i].argmax())] for i in range(len(q))])

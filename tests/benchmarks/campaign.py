@@ -49,8 +49,7 @@ PROFILES = {
         "agents": {
             "sdac": "",
             "sdac-T20": FORMER,
-            "sdac-M64": "--num-reverse-samples 64",
-            "sdac-T3": "--diffusion-steps 3 --beta-power 7",
+            "sdac-noise0": "--beta-power 4 --reverse-bound 2 --denoising-noise 0",
             "qsm": "--q-gradient-scale 5",
             "sac": "",
             "sac-u5": "--updates-per-step 5",  # the baselines with as many updates as steps
@@ -82,7 +81,7 @@ PROFILES = {
     },
     # To choose better ones by: 100,000 updates, long enough to tell one change from another.
     "screening": {
-        "tasks": ["HalfCheetah-v4"],
+        "tasks": ["HalfCheetah-v4", "Ant-v4"],
         "seeds": [1, 2],
         "flags": f"{PROTOCOL} --total-timesteps 530000 --eval-frequency 20000 --eval-episodes 10",
         "sdac": FORMER,
@@ -98,6 +97,9 @@ PROFILES = {
             "sdac-T3": f"{TODAY} --diffusion-steps 3 --beta-power 7",
             "sdac-power4": f"{TODAY} --beta-power 4",
             "sdac-power4-bound15": f"{TODAY} --beta-power 4 --reverse-bound 1.5",
+            "sdac-power4-bound125": f"{TODAY} --beta-power 4 --reverse-bound 1.25",
+            "sdac-power4-bound2": f"{TODAY} --beta-power 4 --reverse-bound 2",
+            "sdac-power4-bound2-noise05": f"{TODAY} --beta-power 4 --reverse-bound 2 --denoising-noise 0.5",
             "sdac-power4-clipped": f"{TODAY} --beta-power 4 --no-bounded-reverse-sampling",
             "sdac-power4-warm8": f"{TODAY} --beta-power 4 --target-particles 8 --temperature 0.25",
             "sdac-target8-warm": f"{TODAY} --target-particles 8 --temperature 0.25",
@@ -373,13 +375,13 @@ def table_of_updates(profile, since):
 def table_of_scores(profile):
     """Markdown: every run after so many updates, and its score, the mean of the six evaluations from 420,000 to 520,000
     steps (78,000 to 98,000 updates); above them the same of the whole runs."""
-    steps = {180_000: "30k", 280_000: "50k", 380_000: "70k", 480_000: "90k"}
+    steps = {80_000: "10k", 180_000: "30k", 280_000: "50k", 380_000: "70k", 480_000: "90k"}
     lines = [f"| task | script | seed | {' | '.join(steps.values())} | score | effective sample size |"]
-    lines += ["| --- |" + " --- |" * 8]
+    lines += ["| --- |" + " --- |" * 9]
     for task, agents in load(profile).items():
         runs = [(agent, seed, rows, profile) for agent, seeds in agents.items() for seed, rows in seeds.items()]
-        whole = load("locomotion")[task]
-        whole = [(agent, *run, "locomotion") for agent in ("sdac-T20", "sdac") for run in whole[agent].items()]
+        whole, known = load("locomotion")[task], ("sdac-T20", "sdac", "sdac-noise0")
+        whole = [(agent, *run, "locomotion") for agent in known for run in whole[agent].items()]
         for agent, seed, rows, folder in [*whole, *runs]:
             at = {int(row["step"]): row["mean"] for row in rows}
             last = [at[step] for step in range(420_000, 520_001, 20_000) if step in at]

@@ -1,12 +1,13 @@
-"""How near the best action M reverse samples bring SDAC's policy, by T and --beta-power, and by --reverse-bound.
+"""How near the best action M reverse samples bring SDAC's policy, by its noise levels, its box and its denoising noise.
 
     python tests/benchmarks/levels.py
 
 Nothing is trained. Q = -500 |a - a*|^2 and lambda = 1, so pi is nearly all within 0.1 of a*. A perfectly trained policy
 predicts the expectation of sum_k w_k eps_k, equation (9) of sdac.py; here it is averaged over 64 draws. Printed is the
 root mean square of a - a* per action dimension, of actions denoised with it: the bias of the softmax over M samples.
-With the true score it is 0.01. In the first table a* is uniform in [-0.9, 0.9]^d. In the second it is so too, or
-uniform in [-1.5, 1.5]^d and clipped to [-1, 1]^d, or a corner of that box; and behind the stroke is the best of 16.
+With the true score it is 0.01. In the first table a* is uniform in [-0.9, 0.9]^d. In the second, by --reverse-bound and
+--denoising-noise, it is so too, or uniform in [-1.5, 1.5]^d and clipped to [-1, 1]^d, or a corner of that box; and
+behind the stroke is the best of 16.
 """
 
 import math
@@ -30,13 +31,14 @@ def mean_eps(schedule, a_t, t, best, samples, bound):
     return torch.einsum("bm,bmd->bd", q.softmax(1), eps).unflatten(0, (-1, DRAWS)).mean(1)
 
 
-def errors(schedule, best, samples, bound=1.0):
+def errors(schedule, best, samples, bound=1.0, noise=1.0):
     """Mean square of a - a*, (B,), for a* (B, d), with the sampler of `sdac.denoise`."""
     a_t = schedule.start_std * torch.randn_like(best)
     for t in reversed(range(len(schedule.sqrt_abar))):
         eps = mean_eps(schedule, a_t, t, best, samples, bound)
         a_0 = (a_t / schedule.sqrt_abar[t] - schedule.reverse_std[t] * eps).clamp(-1, 1)
-        a_t = schedule.mean_a0[t] * a_0 + schedule.mean_at[t] * a_t + schedule.posterior_std[t] * torch.randn_like(a_t)
+        a_t = schedule.mean_a0[t] * a_0 + schedule.mean_at[t] * a_t
+        a_t = a_t + noise * schedule.posterior_std[t] * torch.randn_like(a_t)
     return (a_t - best).square().mean(1)
 
 
@@ -51,21 +53,25 @@ def levels():
         print(f"| {steps}, {power} | {stds} | {' | '.join(f'{mean.sqrt():.2f}' for mean in means)} |", flush=True)
 
 
-def bounds():
+def boxes():
     widths = {"inside": 0.9, "half": 1.5, "corner": 1e9}
     columns = [(dim, place) for dim in (6, 17) for place in widths]
-    print(f"\n| power, bound | {' | '.join(f'd = {dim}, {place}' for dim, place in columns)} |")
+    print(f"\n| T, power, bound, noise | {' | '.join(f'd = {dim}, {place}' for dim, place in columns)} |")
     print("| --- |" + " --- |" * len(columns))
-    for power, bound in ((1, 1), (1, math.inf), (4, 1), (4, 1.25), (4, 1.5), (4, 2), (4, math.inf)):
+    clipped = math.inf
+    rows = [(5, 1, 1, 1), (5, 1, clipped, 1), (5, 4, 1, 1), (5, 4, 1.25, 1), (5, 4, 1.5, 1), (5, 4, 2, 1)]
+    rows += [(5, 4, clipped, 1), (5, 4, 1, 0.5), (5, 4, 2, 0.5), (5, 1, 1, 0), (5, 4, 1, 0), (5, 4, 2, 0)]
+    rows += [(5, 4, clipped, 0), (10, 2, 2, 0), (20, 1, 2, 0)]
+    for steps, power, bound, noise in rows:
         cells = []
         for dim, place in columns:
             best = ((2 * torch.rand(64, dim) - 1) * widths[place]).clamp(-1, 1).repeat_interleave(PARTICLES, dim=0)
-            of_particles = errors(sdac.Schedule(5, power), best, 16, bound).unflatten(0, (-1, PARTICLES))
-            cells.append(f"{of_particles.mean().sqrt():.2f} / {of_particles.min(1).values.mean().sqrt():.2f}")
-        print(f"| {power}, {bound} | {' | '.join(cells)} |", flush=True)
+            squares = errors(sdac.Schedule(steps, power), best, 16, bound, noise).unflatten(0, (-1, PARTICLES))
+            cells.append(f"{squares.mean().sqrt():.2f} / {squares.min(1).values.mean().sqrt():.2f}")
+        print(f"| {steps}, {power}, {bound}, {noise} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
     torch.manual_seed(1)
     levels()
-    bounds()
+    boxes()
