@@ -160,5 +160,6 @@ def test_a_trained_policy_returns_what_its_curve_ends_with(inside, folder):
     process = inside("sdac", "--evaluate", folder, "--eval-episodes", 2)
     mean = float(re.search(r"^mean (.*?),", process.stdout, re.M)[1])
     args = json.loads((folder / "args.json").read_text())
-    curve = campaign.read(TESTS / "results" / "locomotion" / folder.name / f"sdac-{args['seed']}.csv")
+    task, variant = re.fullmatch("(.*-v4)(.*)", folder.name).groups()
+    curve = campaign.read(TESTS / "results" / "locomotion" / task / f"sdac{variant}-{args['seed']}.csv")
     assert mean > 0.8 * curve[-1]["mean"]
