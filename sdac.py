@@ -285,9 +285,8 @@ class Critics(nn.Module):
 class Policy(nn.Module):
     """Noise prediction eps_theta(s, a_t, t): observations (B, o), a_t (B, d), t (B,) in 0..T-1 give (B, d)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int, time_dim: int = 16):
         super().__init__()
-        time_dim = 16
         fan_in = obs_dim + action_dim + time_dim
         self.register_buffer("frequencies", 10_000 ** (-torch.arange(8) / 8), persistent=False)  # time_dim/2 of them
         self.time_layers = nn.Sequential(
