@@ -5,8 +5,8 @@ Ma, Chen, Wang, Li, Dai: "Efficient Online Reinforcement Learning for Diffusion 
 The policy is a diffusion model whose score is trained by Reverse Sampling Score Matching (RSSM), which needs only
 values of Q: neither samples of the desired policy nor gradients of Q.
 
-The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s) for a in the box [-1, 1]^d, and the temperature lambda falls
-during training. Noising an action a_0, with abar_t from nearly 1 down to nearly 0, gives
+The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s) at temperature lambda, for a in the box [-2, 2]^d; Q clips a to
+[-1, 1]^d, as the environment does. Noising an action a_0, with abar_t from nearly 1 down to nearly 0, gives
 
     q_{t|0}(a_t|a_0) = N(a_t; sqrt(abar_t) a_0, (1-abar_t) I)               forward kernel          (1)
     p_t(a_t|s) = ∫ pi(a_0|s) q_{t|0}(a_t|a_0) da_0                          noised policy           (2)
@@ -61,11 +61,15 @@ Usage:
 
 Where the paper, its official code (JAX, mahaitongdae/diffusion_policy_online_rl at a50cf41) and this file differ:
 - The official defaults are `--temperature 1 --target-particles 32 --num-particles 32 --num-reverse-samples 64
-  --proposal policy --no-bounded-reverse-sampling --diffusion-steps 20 --tau 0.005`, 30 times the arithmetic. Here:
+  --proposal policy --no-bounded-reverse-sampling --diffusion-steps 20 --beta-power 1 --denoising-noise 1 --tau 0.005`,
+  30 times the arithmetic. Here:
   - lambda starts at 0.05, so that the policy is greedy by itself, and not by the best of 32 particles in the target;
   - N = 16, M = 16 and T = 5 take less arithmetic; averages move as fast as SAC's by 0.005 every update;
   - the proposal takes the buffer's actions: any proposal will do, and the policy's would have to be sampled;
-  - reverse samples lie in the box; clipped only for Q, their policy is exp(Q(s, clip(a))/lambda), whose Z is infinite.
+  - reverse samples lie in a box, without which Z is infinite; it is wider than that of the actions, since a weighted
+    mean of samples stays away from its edges;
+  - denoising adds no noise, since pi is nearly a point, and a score from M = 16 samples too short to take noise out
+    again; the betas grow as a fourth power, so that more of the T steps are at little noise.
 - Actions are clipped to [-1, 1] after the exploration noise, in acting, in the target and in the policy's proposals;
   the official code stores and bootstraps them unclipped, though the environment clips them.
 - Best-of-N in line 2 above, and denoising from N(0, 0.5^2 I) where theory starts from N(0, I), are the official code's.
@@ -147,15 +151,15 @@ class Args:
     reward_scale: Positive = 0.2  # factor on rewards in the critics' target; scales Q, and the lambda that suits it
     hidden_size: Count = 256  # width of the three hidden layers of critics and policy
     diffusion_steps: Annotated[int, Field(ge=2, le=200)] = 5  # denoising steps T
-    beta_power: Annotated[float, Field(ge=1, le=10)] = 1.0  # the betas grow as this power of a linear function of t
-    denoising_noise: Fraction = 1.0  # factor on the noise that denoising adds after each step
+    beta_power: Annotated[float, Field(ge=1, le=10)] = 4.0  # the betas grow as this power of a linear function of t
+    denoising_noise: Fraction = 0.0  # factor on the noise that denoising adds after each step
     num_particles: Count = 16  # N: actions denoised per state, of which the best by min(Q1, Q2) is played or proposed
     target_particles: Count = 1  # the same for the actions in the critics' target
     bfloat16_sampling: bool = False  # denoise in bfloat16: native on GPUs and where `lscpu` has avx512_bf16 or amx_bf16
     num_reverse_samples: Count = 16  # M: reverse samples per noised action
     proposal: Literal["policy", "replay"] = "replay"  # whose actions are noised to a_t: the policy's, or the buffer's
     bounded_reverse_sampling: bool = True  # draw reverse samples inside a box, besides clipping them for Q
-    reverse_bound: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0  # half the width of that box
+    reverse_bound: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0  # half the width of that box
     soft_critic: bool = False  # add lambda times the entropy of the exploration noise to the critics' target
     temperature: Positive = 0.05  # initial lambda
     exploration_noise: Positive = 0.5  # initial standard deviation of the exploration noise
@@ -173,12 +177,10 @@ def normal_cdf(x: Tensor) -> Tensor:
 
 
 class Schedule(nn.Module):
-    """Noise schedule; the paper's steps 1..T are t = 0..T-1 here.
-
-    beta_t grows from 0.8e-4 to 0.7992 as a power of a linear function, and abar_t is the product of all 1 - beta up to
-    t. The tables (T,) are made in float64: 1 - abar_0 = 8e-5 would lose half its digits in float32. The sampler draws
-    from the DDPM posterior, N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2 I), which adds no noise at t = 0.
-    """
+    """Noise schedule; the paper's steps 1..T are t = 0..T-1 here. beta_t grows from 0.8e-4 to 0.7992 as a power of a
+    linear function, and abar_t is the product of all 1 - beta up to t. The tables (T,) are made in float64: 1 - abar_0
+    = 8e-5 would lose half its digits in float32. DDPM's posterior is N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2
+    I), with posterior_std_0 = 0."""
 
     start_std = 0.5  # of the Gaussian noise that denoising starts from
 
@@ -207,11 +209,8 @@ class Schedule(nn.Module):
         return (a_t / self.sqrt_abar[t, None])[:, None] - self.reverse_std[t, None, None] * eps
 
     def bounded_noise(self, a_t: Tensor, t: Tensor, u: Tensor, bound: float = 1.0) -> Tensor:
-        """Noise (B, M, d) whose reverse samples (7) lie in [-bound, bound]^d, from uniform numbers u (B, M, d).
-
-        For pi on that box, qtilde is the Gaussian (3) truncated to it. The noise is then a normal truncated to
-        [low, high], drawn by inversion: eps = Phi^-1(Phi(low) + u (Phi(high) - Phi(low))).
-        """
+        """Noise (B, M, d) whose reverse samples (7) lie in [-bound, bound]^d, from uniform numbers u (B, M, d): a
+        normal truncated to [low, high], drawn by inversion, eps = Phi^-1(Phi(low) + u (Phi(high) - Phi(low)))."""
         mean, std = (a_t / self.sqrt_abar[t, None])[:, None], self.reverse_std[t, None, None]
         low, high = (mean - bound) / std, (mean + bound) / std  # where a_0 is bound and -bound
         below, above = normal_cdf(low), normal_cdf(-high)  # each from its accurate tail
@@ -310,8 +309,8 @@ class Policy(nn.Module):
 
 @compiled
 def denoise(policy: Policy, schedule: Schedule, observations: Tensor, a_t: Tensor, z: Tensor) -> Tensor:
-    """The DDPM sampler: N particles (B, N, d) for each of the observations (B, o), from noise a_t (B, N, d), with
-    z (T, B, N, d) ~ N(0, I) added on the way. Each step predicts a_0 and clips it to the box."""
+    """The DDPM sampler: N particles (B, N, d) for each of the observations (B, o), from noise a_t (B, N, d). Each step
+    predicts a_0, clips it to [-1, 1]^d and goes to the posterior's mean plus its std times z[t], z (T, B, N, d)."""
     state, times = policy.state_layer(observations)[:, None], policy.time_share(torch.arange(len(z), device=z.device))
     for t in reversed(range(len(z))):
         predicted_eps = policy.trunk(policy.action_layer(a_t) + (state + times[t]))

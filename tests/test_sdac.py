@@ -101,12 +101,13 @@ def test_noise_of_reverse_samples_is_the_score_of_both_kernels(schedule):
         torch.testing.assert_close(torch.autograd.grad(log_density, a_t)[0], expected, rtol=1e-6, atol=1e-6)
 
 
-def regression_targets(q, temperature, a_t, t, bounded=False):
+def regression_targets(q, temperature, a_t, t, bound=None):
     """The script's targets for a_t (B, 1) and Q(s, a) = q(a), with 100,000 quantiles for random reverse samples, so
     that sums over them are integrals."""
-    m = 100_000
+    m, bounded = 100_000, bound is not None
     changes = {"temperature": temperature, "num_reverse_samples": m, "bounded_reverse_sampling": bounded}
-    agent = sdac.SDAC(1, 1, sdac.Args(hidden_size=1, diffusion_steps=T, **changes))
+    changes |= {"reverse_bound": bound} if bounded else {}
+    agent = sdac.SDAC(1, 1, sdac.Args(hidden_size=1, diffusion_steps=T, beta_power=1.0, **changes))
     u = ((torch.arange(m) + 0.5) / m)[None, :, None].expand(len(a_t), -1, -1)
     batch = sdac.Batch(torch.zeros(len(a_t), 1), *[None] * 4)
     with mock.patch.object(agent, "values", lambda observations, actions: q(actions)[..., 0]):
@@ -140,18 +141,24 @@ def test_minimiser_for_a_mixture(schedule, t):
     torch.testing.assert_close(target, -noise * score, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("bound", [1.0, 2.0])
 @pytest.mark.parametrize("t", [2, 6, 12, T - 1])
-def test_minimiser_on_the_box(schedule, t):
-    """For pi ∝ exp(Q/tau) on [-1, 1], with the score of p_t by the trapezoid rule."""
-    q, tau = lambda a: 0.8 * a - 0.5 * a**2 + 0.3 * torch.sin(5 * a), 0.4
+def test_minimiser_on_the_box(schedule, t, bound):
+    """For pi ∝ exp(Q(clip(a))/tau) on [-bound, bound], with the score of p_t by the trapezoid rule."""
+    tau = 0.4
+
+    def q(a):
+        a = a.clamp(-1, 1)
+        return 0.8 * a - 0.5 * a**2 + 0.3 * torch.sin(5 * a)
+
     signal, noise = schedule.sqrt_abar[t], schedule.sqrt_1m_abar[t]
-    a_t = signal * torch.linspace(-1, 1, 9)[:, None] + noise * torch.randn(9, 1)
-    grid = torch.linspace(-1, 1, 100_001)
+    a_t = (signal + noise) * torch.linspace(-1, 1, 9)[:, None]
+    grid = torch.linspace(-bound, bound, 100_001)
     edges = torch.ones_like(grid)
     edges[0] = edges[-1] = 0.5
     weights = torch.softmax(q(grid) / tau - (a_t - signal * grid) ** 2 / (2 * noise**2) + edges.log(), dim=1)
     score = (weights * -(a_t - signal * grid) / noise**2).sum(1, keepdim=True)
-    target = regression_targets(q, tau, a_t, t, bounded=True)
+    target = regression_targets(q, tau, a_t, t, bound)
     torch.testing.assert_close(target, -noise * score, rtol=1e-4, atol=1e-4)
 
 
@@ -323,7 +330,7 @@ def test_acting_equals_the_oracle_with_the_moving_average_policy(explore):
 
 @pytest.mark.parametrize("n", [1, 8])
 def test_best_of_n_keeps_the_particle_with_the_largest_min_q(n):
-    agent, _ = make()
+    agent, _ = make(denoising_noise=1.0)
     observations = torch.randn(30, 4)
     with pairs.recorded() as numbers:
         chosen = agent.best_of_n(agent.policy, observations, n)

@@ -29,15 +29,15 @@ COLOURS = {"sdac": "#d1495b", "qsm": "#edae49", "sac": "#00798c", "td3": "#6a4c9
 
 # SDAC as the official code runs it, from the docstring of sdac.py
 OFFICIAL = (
-    "--temperature 1 --target-particles 32 --num-particles 32 --num-reverse-samples 64"
-    " --proposal policy --no-bounded-reverse-sampling --diffusion-steps 20 --tau 0.005"
+    "--temperature 1 --target-particles 32 --num-particles 32 --num-reverse-samples 64 --proposal policy"
+    " --no-bounded-reverse-sampling --diffusion-steps 20 --beta-power 1 --denoising-noise 1 --tau 0.005"
 )
 # The protocol of its paper: 194,000 updates follow the random steps.
 PROTOCOL = "--num-envs 5 --updates-per-step 1 --total-timesteps 1000000 --learning-starts 30000"
 
-# SDAC's defaults, as far as they were others, when the profiles `pilots`, `screening` and `late` were run
-FORMER = "--diffusion-steps 20 --tau 0.005"
-TODAY = "--diffusion-steps 5 --tau 0.01"
+# SDAC's defaults before those of today, and the first ones
+LINEAR = "--beta-power 1 --reverse-bound 1 --denoising-noise 1"
+T20 = f"{LINEAR} --diffusion-steps 20 --tau 0.005"
 
 # Profiles: flags for all, flags for SDAC, and agents with what differs for one of them. An agent is SCRIPT or
 # SCRIPT-VARIANT.
@@ -48,8 +48,8 @@ PROFILES = {
         "flags": f"{PROTOCOL} --eval-frequency 20000 --eval-episodes 10",
         "agents": {
             "sdac": "",
-            "sdac-T20": FORMER,
-            "sdac-noise0": "--beta-power 4 --reverse-bound 2 --denoising-noise 0",
+            "sdac-linear": LINEAR,
+            "sdac-T20": T20,
             "qsm": "--q-gradient-scale 5",
             "sac": "",
             "sac-u5": "--updates-per-step 5",  # the baselines with as many updates as steps
@@ -62,7 +62,7 @@ PROFILES = {
         "tasks": ["HalfCheetah-v4", "Humanoid-v4"],
         "seeds": [1],
         "flags": f"{PROTOCOL} --total-timesteps 180000 --eval-frequency 20000 --eval-episodes 10",
-        "sdac": FORMER,
+        "sdac": T20,
         "agents": {
             "sdac-T20": "",
             "sdac-t01": "--temperature 0.01",
@@ -84,30 +84,29 @@ PROFILES = {
         "tasks": ["HalfCheetah-v4", "Ant-v4"],
         "seeds": [1, 2],
         "flags": f"{PROTOCOL} --total-timesteps 530000 --eval-frequency 20000 --eval-episodes 10",
-        "sdac": FORMER,
+        "sdac": LINEAR,
         "agents": {
-            "sdac-T10": "--diffusion-steps 10",
-            "sdac-T5": "--diffusion-steps 5",
-            "sdac-T5-target4": "--diffusion-steps 5 --target-particles 4",
-            # from here on around the defaults of today
-            "sdac-M64": f"{TODAY} --num-reverse-samples 64",
-            "sdac-M32": f"{TODAY} --num-reverse-samples 32",
-            "sdac-M64-target4": f"{TODAY} --num-reverse-samples 64 --target-particles 4",
-            "sdac-lr": f"{TODAY} --policy-lr-end 3e-4",
-            "sdac-T3": f"{TODAY} --diffusion-steps 3 --beta-power 7",
-            "sdac-power4": f"{TODAY} --beta-power 4",
-            "sdac-power4-bound15": f"{TODAY} --beta-power 4 --reverse-bound 1.5",
-            "sdac-power4-bound125": f"{TODAY} --beta-power 4 --reverse-bound 1.25",
-            "sdac-power4-bound2": f"{TODAY} --beta-power 4 --reverse-bound 2",
-            "sdac-power4-bound2-noise05": f"{TODAY} --beta-power 4 --reverse-bound 2 --denoising-noise 0.5",
-            "sdac-power4-clipped": f"{TODAY} --beta-power 4 --no-bounded-reverse-sampling",
-            "sdac-power4-warm8": f"{TODAY} --beta-power 4 --target-particles 8 --temperature 0.25",
-            "sdac-target8-warm": f"{TODAY} --target-particles 8 --temperature 0.25",
-            "sdac-target8-hot": f"{TODAY} --target-particles 8 --temperature 1",
-            "sdac-N32": f"{TODAY} --num-particles 32",
-            "sdac-N4": f"{TODAY} --num-particles 4",
-            "sdac-held005": f"{TODAY} --lambda-lr 0 --exploration-noise 0.1",
-            "sdac-held001": f"{TODAY} --lambda-lr 0 --exploration-noise 0.1 --temperature 0.01",
+            "sdac-T10": "--diffusion-steps 10 --tau 0.005",
+            "sdac-T5": "--tau 0.005",
+            "sdac-T5-target4": "--tau 0.005 --target-particles 4",
+            "sdac-M64": "--num-reverse-samples 64",
+            "sdac-M32": "--num-reverse-samples 32",
+            "sdac-M64-target4": "--num-reverse-samples 64 --target-particles 4",
+            "sdac-lr": "--policy-lr-end 3e-4",
+            "sdac-T3": "--diffusion-steps 3 --beta-power 7",
+            "sdac-power4": "--beta-power 4",
+            "sdac-power4-bound15": "--beta-power 4 --reverse-bound 1.5",
+            "sdac-power4-bound125": "--beta-power 4 --reverse-bound 1.25",
+            "sdac-power4-bound2": "--beta-power 4 --reverse-bound 2",
+            "sdac-power4-bound2-noise05": "--beta-power 4 --reverse-bound 2 --denoising-noise 0.5",
+            "sdac-power4-clipped": "--beta-power 4 --no-bounded-reverse-sampling",
+            "sdac-power4-warm8": "--beta-power 4 --target-particles 8 --temperature 0.25",
+            "sdac-target8-warm": "--target-particles 8 --temperature 0.25",
+            "sdac-target8-hot": "--target-particles 8 --temperature 1",
+            "sdac-N32": "--num-particles 32",
+            "sdac-N4": "--num-particles 4",
+            "sdac-held005": "--lambda-lr 0 --exploration-noise 0.1",
+            "sdac-held001": "--lambda-lr 0 --exploration-noise 0.1 --temperature 0.01",
             "sdac-official": OFFICIAL,
         },
     },
@@ -116,7 +115,7 @@ PROFILES = {
         "tasks": ["HalfCheetah-v4"],
         "seeds": [1],
         "flags": f"{PROTOCOL} --total-timesteps 630000 --eval-frequency 20000 --eval-episodes 10",
-        "sdac": "--diffusion-steps 5 --tau 0.005",
+        "sdac": f"{LINEAR} --tau 0.005",
         "agents": {
             "sdac-T5": "",
             "sdac-policy": "--proposal policy",
@@ -135,14 +134,15 @@ PROFILES = {
         "tasks": ["HalfCheetah-v4"],
         "seeds": [1],
         "flags": f"{PROTOCOL} --eval-frequency 20000 --eval-episodes 10 --device cuda --bfloat16-sampling",
-        "agents": {"sdac-official": OFFICIAL},
+        "agents": {"sdac-official": f"{LINEAR} {OFFICIAL}"},
     },
     # What denoising in bfloat16 does to learning.
     "bfloat16": {
         "tasks": ["HalfCheetah-v4"],
         "seeds": [1, 2],
         "flags": f"{PROTOCOL} --total-timesteps 180000 --eval-frequency 20000 --eval-episodes 10",
-        "agents": {"sdac": "", "sdac-bfloat16": "--bfloat16-sampling"},
+        "sdac": LINEAR,
+        "agents": {"sdac-linear": "", "sdac-bfloat16": "--bfloat16-sampling"},
     },
     # Every script's defaults at the step counts of SDAC's paper, on its ten tasks: for GPUs.
     "paper": {
@@ -161,8 +161,8 @@ PROFILES = {
         "flags": "--num-envs 1 --total-timesteps 12000 --learning-starts 1000 --hidden-size 64 --batch-size 128"
         " --tau 0.02 --eval-frequency 1000 --eval-episodes 10 --checkpoint-frequency 4000 --device cpu",
         "agents": {
-            "sdac": "--no-bounded-reverse-sampling --temperature 0.01 --exploration-noise 0.15 --diffusion-steps 10"
-            " --num-particles 8 --num-reverse-samples 32 --q-lr 1e-3 --policy-lr 1e-3",
+            "sdac": f"{LINEAR} --no-bounded-reverse-sampling --temperature 0.01 --exploration-noise 0.15"
+            " --diffusion-steps 10 --num-particles 8 --num-reverse-samples 32 --q-lr 1e-3 --policy-lr 1e-3",
             "qsm": "--q-gradient-scale 0.5 --q-lr 1e-3 --policy-lr 1e-3",
             "sac": "--q-lr 1e-3 --policy-lr 1e-3",
             "td3": "--learning-rate 1e-3",
@@ -352,7 +352,7 @@ def table_of_updates(profile, since):
     """Markdown: evaluations of every run after so many updates, from the `since`-th on; with those of a GPU and in
     bfloat16 the whole runs, up to there."""
     lines = []
-    whole = {"gpu": ["sdac", "sdac-T20"], "bfloat16": ["sdac"]}.get(profile, [])
+    whole = {"gpu": ["sdac", "sdac-linear", "sdac-T20"], "bfloat16": ["sdac-linear"]}.get(profile, [])
     for task, agents in load(profile).items():
         longest = max((rows for seeds in agents.values() for rows in seeds.values()), key=len)
         updates = [row["updates"] for row in longest if row["updates"] >= since]
@@ -380,7 +380,7 @@ def table_of_scores(profile):
     lines += ["| --- |" + " --- |" * 9]
     for task, agents in load(profile).items():
         runs = [(agent, seed, rows, profile) for agent, seeds in agents.items() for seed, rows in seeds.items()]
-        whole, known = load("locomotion")[task], ("sdac-T20", "sdac", "sdac-noise0")
+        whole, known = load("locomotion")[task], ("sdac-T20", "sdac-linear", "sdac")
         whole = [(agent, *run, "locomotion") for agent in known for run in whole[agent].items()]
         for agent, seed, rows, folder in [*whole, *runs]:
             at = {int(row["step"]): row["mean"] for row in rows}
