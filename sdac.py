@@ -5,8 +5,8 @@ Ma, Chen, Wang, Li, Dai: "Efficient Online Reinforcement Learning for Diffusion 
 The policy is a diffusion model whose score is trained by Reverse Sampling Score Matching (RSSM), which needs only
 values of Q: neither samples of the desired policy nor gradients of Q.
 
-The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s) at temperature lambda, for a in the box [-2, 2]^d; Q clips a to
-[-1, 1]^d, as the environment does. Noising an action a_0, with abar_t from nearly 1 down to nearly 0, gives
+The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s) for a in the box [-2, 2]^d; Q clips a to [-1, 1]^d, as the
+environment does. The temperature lambda falls on a fixed curve. Noising a_0, with abar_t < 1 falling in t, gives
 
     q_{t|0}(a_t|a_0) = N(a_t; sqrt(abar_t) a_0, (1-abar_t) I)               forward kernel          (1)
     p_t(a_t|s) = ∫ pi(a_0|s) q_{t|0}(a_t|a_0) da_0                          noised policy           (2)
@@ -18,30 +18,30 @@ from pi, which we do not have. Read the same Gaussian formula as a density of a_
     q_{t|0}(a_t|a_0) = abar_t^{-d/2} qtilde_{0|t}(a_0|a_t)   for every pair                         (4)
     ∇_{a_t} log q_{t|0} = -(a_t - sqrt(abar_t) a_0)/(1-abar_t)                                      (5)
 
-qtilde is not the posterior of a_0, and Bayes' rule plays no part. Draw a_t from any proposal ptilde_t(a_t|s) with full
-support, a_0 from qtilde, and weight the pair by exp(Q(s,a_0)/lambda):
+qtilde is not the posterior of a_0. Draw a_t from any proposal ptilde_t(a_t|s) with full support, a_0 from qtilde, and
+weight the pair by exp(Q(s,a_0)/lambda):
 
-    L = E_{s,t} E_{a_t~ptilde_t} E_{a_0~qtilde} exp(Q(s,a_0)/lambda) |s_theta(a_t;s,t) - ∇ log q_{t|0}|^2   (6)
+    L = E_{s,t} E_{a_t~ptilde_t} E_{a_0~qtilde} exp(Q(s,a_0)/lambda) |s_theta(s,a_t,t) - ∇ log q_{t|0}|^2   (6)
 
 By (4) this is denoising score matching with every (s, a_t, t) weighted by ptilde_t(a_t|s) Z(s) abar_t^{d/2} > 0 instead
-of 1. A positive weight that does not depend on a_0 leaves the minimiser unchanged, because s_theta can be chosen
-independently at each (s, a_t, t): it is s_theta = ∇ log p_t(.|s), whatever the proposal. Outside the box pi is zero,
-so only a_0 inside count: qtilde is truncated to the box, which multiplies the weight by another positive function of
-a_t and t. With the predicted noise eps_theta = -sqrt(1-abar_t) s_theta, and M reverse samples for each (s, a_t),
+of 1. A positive weight that does not depend on a_0 leaves the minimiser s_theta = ∇ log p_t(.|s) unchanged, since
+s_theta can be chosen independently at each (s, a_t, t): any proposal will do. Outside the box pi is zero, so only a_0
+inside count: qtilde is truncated to the box, which multiplies the weight by another positive function of a_t and t.
+With the predicted noise eps_theta = -sqrt(1-abar_t) s_theta, and M reverse samples for each (s, a_t),
 
     a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k,   eps_k ~ N(0, I) with a_0^k in the box    (7)
     w_k = softmax_k(Q(s,a_0^k)/lambda)                                                              (8)
     L' = E |eps_theta(s,a_t,t) - sum_k w_k eps_k|^2 + const                                         (9)
 
 since (5) is -eps_k/sqrt(1-abar_t) at a_0^k. The softmax divides by M times an average that tends to a function of
-(s, a_t, t) alone as M grows (the bias is of order 1/M), and (9) drops the factor 1/(1-abar_t). The sum moves inside the
-square because the w_k add up to 1 and eps_theta does not depend on k: one pass of the policy serves all M.
+(s, a_t, t) alone as M grows (the bias, of order 1/M, is towards equal w_k), and (9) drops the factor 1/(1-abar_t). The
+sum moves inside the square because the w_k add up to 1 and eps_theta does not depend on k: one pass serves all M.
 
 The algorithm:
      1  repeat
-     2      act: denoise N particles with the averaged policy, keep the one with the largest min_j Q_j(s,a), add N(0,
-            std^2 I), std = 10 lambda, clip to [-1, 1]; initially uniform; the environment returns r, s' and done
-     3      store (s, a, s', r, done) in the replay buffer; every 5 steps after the first 30,000 go on with a batch
+     2      act in 5 environments: denoise N particles with the averaged policy, keep the one with the largest
+            min_j Q_j(s,a), add N(0, std^2 I), std = 10 lambda, clip to [-1, 1]; each returns r, s' and done
+     3      store each (s, a, s', r, done); after the first 30,000, whose a are uniform, also update, with a batch:
      4      targets: y = 0.2 r + gamma (1-done) min_j Qbar_j(s',a'), a' one particle of the online policy, noisy as in 2
      5      every second update
      6          proposal: a_0 = a from the buffer, t uniform in 0..T-1, and a_t by (1)
@@ -49,8 +49,8 @@ The algorithm:
      8          policy: one step of Adam on (9), with a learning rate that falls from 3e-4 to 3e-5
      9      critics: one step of Adam on sum_j E (Q_j(s,a) - y)^2
     10      every 250th update
-    11          lambda: one step of Adam on log lambda (H - Hbar), with Hbar = -0.9 d and H, held fixed, the entropy of
-                the exploration noise; its std falls from 0.5 to 0.1, where H is about Hbar, in 125,000 updates
+    11          lambda: one step of Adam on log lambda (H - Hbar), with Hbar = -0.9 d and, held fixed, the exploration
+                noise's entropy H; std falls from 0.5 to 0.1, where H is about Hbar, in 125,000 updates
     12      every second update
     13          averages: of the policy, and Qbar of Q, with step size 0.01
 
@@ -59,22 +59,22 @@ Usage:
     python sdac.py --resume runs/RUN_FOLDER
     python sdac.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
-Where the paper, its official code (JAX, mahaitongdae/diffusion_policy_online_rl at a50cf41) and this file differ:
+Where this file differs from the paper's official code (JAX, mahaitongdae/diffusion_policy_online_rl at a50cf41):
 - The official defaults are `--temperature 1 --target-particles 32 --num-particles 32 --num-reverse-samples 64
   --proposal policy --no-bounded-reverse-sampling --diffusion-steps 20 --beta-power 1 --denoising-noise 1 --tau 0.005`,
-  30 times the arithmetic. Here:
-  - lambda starts at 0.05, so that the policy is greedy by itself, and not by the best of 32 particles in the target;
-  - N = 16, M = 16 and T = 5 take less arithmetic; averages move as fast as SAC's by 0.005 every update;
+  which take 30 times the arithmetic. Here:
+  - lambda starts at 0.05, which makes the policy greedy enough without the best of 32 particles in the target;
+  - N = 16, M = 16 and T = 5 take less arithmetic; tau = 0.01 every second update is SAC's 0.005 every update;
   - the proposal takes the buffer's actions: any proposal will do, and the policy's would have to be sampled;
-  - reverse samples lie in a box, without which Z is infinite; it is wider than that of the actions, since a weighted
-    mean of samples stays away from its edges;
-  - denoising adds no noise, since pi is nearly a point, and a score from M = 16 samples too short to take noise out
-    again; the betas grow as a fourth power, so that more of the T steps are at little noise.
+  - reverse samples lie in a box, without which Z is infinite; their weighted mean never reaches its edge, hence a box
+    wider than [-1, 1]^d, to which denoising clips the a_0 that it predicts;
+  - denoising adds no noise: pi is nearly a point, and the score that M = 16 samples teach is too short to take added
+    noise out again; the betas grow as a fourth power, which puts more of the T steps at little noise.
 - Actions are clipped to [-1, 1] after the exploration noise, in acting, in the target and in the policy's proposals;
   the official code stores and bootstraps them unclipped, though the environment clips them.
-- Best-of-N in line 2 above, and denoising from N(0, 0.5^2 I) where theory starts from N(0, I), are the official code's.
+- As there, but not in the paper: best-of-N in line 2, and denoising from N(0, 0.5^2 I), not N(0, I).
 - `--soft-critic` adds lambda times the entropy of the exploration noise to the target, which the official code leaves
-  out: on average the same constant at every state, a bonus or penalty per step of staying alive.
+  out: on average the same number at every state, so a bonus or penalty per step of staying alive.
 """
 
 # /// script
@@ -162,7 +162,7 @@ class Args:
     reverse_bound: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0  # half the width of that box
     soft_critic: bool = False  # add lambda times the entropy of the exploration noise to the critics' target
     temperature: Positive = 0.05  # initial lambda
-    exploration_noise: Positive = 0.5  # initial standard deviation of the exploration noise
+    exploration_noise: Positive = 0.5  # initial standard deviation of the exploration noise; proportional to lambda
     lambda_lr: Fraction = 7e-3  # learning rate of log lambda
     lambda_frequency: Count = 250  # updates per update of lambda
     target_entropy_scale: Annotated[float, Field(allow_inf_nan=False)] = -0.9  # target entropy per action dimension
@@ -177,14 +177,14 @@ def normal_cdf(x: Tensor) -> Tensor:
 
 
 class Schedule(nn.Module):
-    """Noise schedule; the paper's steps 1..T are t = 0..T-1 here. beta_t grows from 0.8e-4 to 0.7992 as a power of a
+    """Noise schedule; the paper's steps 1..T are t = 0..T-1 here. beta_t grows from 8e-5 to 0.7992 as a power of a
     linear function, and abar_t is the product of all 1 - beta up to t. The tables (T,) are made in float64: 1 - abar_0
-    = 8e-5 would lose half its digits in float32. DDPM's posterior is N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2
-    I), with posterior_std_0 = 0."""
+    would lose half its digits in float32. DDPM's posterior of a_{t-1} is N(mean_a0_t a_0 + mean_at_t a_t,
+    posterior_std_t^2 I), with posterior_std_0 = 0."""
 
     start_std = 0.5  # of the Gaussian noise that denoising starts from
 
-    def __init__(self, steps: int, power: float = 1.0):
+    def __init__(self, steps: int, power: float):
         super().__init__()
         beta = 0.8 * torch.linspace(1e-4 ** (1 / power), 0.999 ** (1 / power), steps, dtype=torch.float64) ** power
         abar = torch.cumprod(1 - beta, dim=0)
@@ -208,7 +208,7 @@ class Schedule(nn.Module):
         """Undoes `noised`: a_0^k (B, M, d), equation (7), for a_t (B, d), t (B,) and eps (B, M, d)."""
         return (a_t / self.sqrt_abar[t, None])[:, None] - self.reverse_std[t, None, None] * eps
 
-    def bounded_noise(self, a_t: Tensor, t: Tensor, u: Tensor, bound: float = 1.0) -> Tensor:
+    def bounded_noise(self, a_t: Tensor, t: Tensor, u: Tensor, bound: float) -> Tensor:
         """Noise (B, M, d) whose reverse samples (7) lie in [-bound, bound]^d, from uniform numbers u (B, M, d): a
         normal truncated to [low, high], drawn by inversion, eps = Phi^-1(Phi(low) + u (Phi(high) - Phi(low)))."""
         mean, std = (a_t / self.sqrt_abar[t, None])[:, None], self.reverse_std[t, None, None]
@@ -216,7 +216,7 @@ class Schedule(nn.Module):
         below, above = normal_cdf(low), normal_cdf(-high)  # each from its accurate tail
         inside = torch.where(low > 0, normal_cdf(-low) - above, normal_cdf(high) - below)
         left, right = below + u * inside, above + (1 - u) * inside  # probability left and right of eps, together 1
-        eps = torch.special.ndtri(torch.minimum(left, right).clamp(min=torch.finfo(u.dtype).tiny))  # u can be 0
+        eps = torch.special.ndtri(torch.minimum(left, right).clamp(min=torch.finfo(u.dtype).tiny))  # it can be 0
         return torch.where(left < right, eps, -eps).clamp(low, high)
 
 
@@ -287,7 +287,7 @@ class Policy(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, hidden: int, time_dim: int = 16):
         super().__init__()
         fan_in = obs_dim + action_dim + time_dim
-        self.register_buffer("frequencies", 10_000 ** (-torch.arange(8) / 8), persistent=False)  # time_dim/2 of them
+        self.register_buffer("frequencies", 10_000 ** -torch.arange(0, 1, 2 / time_dim), persistent=False)
         self.time_layers = nn.Sequential(
             Linear(time_dim, 2 * time_dim),
             Mish(),
@@ -300,8 +300,9 @@ class Policy(nn.Module):
 
     def time_share(self, t: Tensor) -> Tensor:
         """The share of t (B,) in the first layer, (B, hidden)."""
-        angles = t[:, None] * self.frequencies
-        return self.time_layers(torch.cat([angles.sin(), angles.cos()], dim=1) / 4)  # as the official 1/sqrt(time_dim)
+        angles = t[:, None] * self.frequencies  # (B, time_dim/2)
+        features = torch.cat([angles.sin(), angles.cos()], dim=1)
+        return self.time_layers(features / features.shape[1] ** 0.5)  # scaled as in the official code
 
     def forward(self, observations: Tensor, a_t: Tensor, t: Tensor) -> Tensor:
         return self.trunk(self.state_layer(observations) + self.action_layer(a_t) + self.time_share(t))
@@ -450,7 +451,7 @@ class SDAC(nn.Module):
             eps = self.schedule.bounded_noise(a_t, t, torch.rand(shape, device=a_t.device), self.args.reverse_bound)
         else:
             eps = torch.randn(shape, device=a_t.device)
-        a_0 = self.schedule.reverse_samples(a_t, t, eps).clamp(-1, 1)  # as the environment does
+        a_0 = self.schedule.reverse_samples(a_t, t, eps).clamp(-1, 1)  # Q clips, as the environment does
         weights = F.softmax(self.values(batch.observations, a_0) / self.temperature, dim=1)
         return torch.einsum("bm,bmd->bd", weights, eps), 1 / weights.square().sum(1).mean()
 
@@ -491,8 +492,8 @@ class SDAC(nn.Module):
         if self.updates % args.lambda_frequency == 0:  # 10
             metrics |= minimize(self.lambda_optimizer, self.lambda_loss)  # 11
         if policy_due:  # 12
-            move_average(self.ema_policy, self.policy, args.tau)
-            move_average(self.target_critics, self.critics, args.tau)  # 13
+            move_average(self.ema_policy, self.policy, args.tau)  # 13
+            move_average(self.target_critics, self.critics, args.tau)
         self.updates += 1
         return metrics
 

@@ -21,7 +21,7 @@ T = 20
 
 @pytest.fixture
 def schedule():
-    return sdac.Schedule(T)
+    return sdac.Schedule(T, 1)
 
 
 def make(**changes):
@@ -75,7 +75,7 @@ def test_posterior_is_bayes_rule_on_the_forward_process():
 
 def test_schedule_in_float32_is_the_rounded_float64_one(schedule):
     torch.set_default_dtype(torch.float32)
-    for name, table in sdac.Schedule(T).named_buffers():
+    for name, table in sdac.Schedule(T, 1).named_buffers():
         torch.testing.assert_close(table, schedule.get_buffer(name).float(), rtol=0, atol=0)
 
 
@@ -212,7 +212,7 @@ def test_bounded_noise_in_float32_has_the_quantiles_of_the_truncated_normal(sche
     u = torch.tensor([2**-23, 1e-4, 0.03, 0.3, 0.5, 0.8, 0.99, 1 - 1e-4, 1 - 2**-23]).float()
     steps = torch.full((len(means),), t)
     torch.set_default_dtype(torch.float32)
-    eps = sdac.Schedule(T).bounded_noise(a_t, steps, u[None, :, None].expand(len(means), -1, -1))
+    eps = sdac.Schedule(T, 1).bounded_noise(a_t, steps, u[None, :, None].expand(len(means), -1, -1), 1)
     assert eps.dtype == torch.float32
     for i in range(len(means)):
         mean = a_t[i].item() / schedule.sqrt_abar[t].item()
@@ -224,7 +224,7 @@ def test_bounded_noise_in_float32_has_the_quantiles_of_the_truncated_normal(sche
 @pytest.mark.parametrize("bound", [1, 1.5])
 def test_bounded_reverse_samples_stay_in_the_box(bound):
     torch.set_default_dtype(torch.float32)
-    schedule, t = sdac.Schedule(T), torch.arange(T).repeat_interleave(500)
+    schedule, t = sdac.Schedule(T, 1), torch.arange(T).repeat_interleave(500)
     a_t = schedule.noised(2 * torch.rand(len(t), 3) - 1, t, 1.5 * torch.randn(len(t), 3))
     u = torch.rand(len(t), 64, 3)
     u[:, 0], u[:, 1] = 0, 1 - 2**-24  # the smallest and the largest that torch.rand returns
@@ -234,9 +234,9 @@ def test_bounded_reverse_samples_stay_in_the_box(bound):
 
 def test_a_box_out_of_sight_gives_its_nearest_wall():
     torch.set_default_dtype(torch.float32)
-    schedule, t = sdac.Schedule(T), torch.zeros(4, dtype=torch.long)
+    schedule, t = sdac.Schedule(T, 1), torch.zeros(4, dtype=torch.long)
     a_t = torch.tensor([[1.3], [-1.3], [5.0], [-5.0]])  # at least 33 standard deviations of reverse samples outside
-    samples = schedule.reverse_samples(a_t, t, schedule.bounded_noise(a_t, t, torch.rand(4, 9, 1)))
+    samples = schedule.reverse_samples(a_t, t, schedule.bounded_noise(a_t, t, torch.rand(4, 9, 1), 1))
     walls = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None, None].expand(4, 9, 1)
     torch.testing.assert_close(samples, walls, rtol=0, atol=1e-5)
 
