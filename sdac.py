@@ -62,14 +62,14 @@ Usage:
 Where this file differs from the paper's official code (JAX, mahaitongdae/diffusion_policy_online_rl at a50cf41):
 - The official defaults are `--temperature 1 --target-particles 32 --num-particles 32 --num-reverse-samples 64
   --proposal policy --no-bounded-reverse-sampling --diffusion-steps 20 --beta-power 1 --denoising-noise 1 --tau 0.005`,
-  which take 30 times the arithmetic. Here:
+  which take 30 to 37 times the arithmetic. Here:
   - lambda starts at 0.05, which makes the policy greedy enough without the best of 32 particles in the target;
   - N = 16, M = 16 and T = 5 take less arithmetic; tau = 0.01 every second update is SAC's 0.005 every update;
   - the proposal takes the buffer's actions: any proposal will do, and the policy's would have to be sampled;
   - reverse samples lie in a box, without which Z is infinite; their weighted mean never reaches its edge, hence a box
-    wider than [-1, 1]^d, to which denoising clips the a_0 that it predicts;
-  - denoising adds no noise: pi is nearly a point, and the score that M = 16 samples teach is too short to take added
-    noise out again; the betas grow as a fourth power, which puts more of the T steps at little noise.
+    wider than the [-1, 1]^d to which denoising clips the a_0 that it predicts;
+  - denoising adds no noise: pi, clipped, is nearly a point, and the score that M = 16 samples teach is too short to
+    take added noise out again; the betas grow as a fourth power, which puts more of the T steps at little noise.
 - Actions are clipped to [-1, 1] after the exploration noise, in acting, in the target and in the policy's proposals;
   the official code stores and bootstraps them unclipped, though the environment clips them.
 - As there, but not in the paper: best-of-N in line 2, and denoising from N(0, 0.5^2 I), not N(0, I).
