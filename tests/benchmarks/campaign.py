@@ -143,6 +143,13 @@ PROFILES = {
         "flags": f"{PROTOCOL} --eval-frequency 10000 --eval-episodes 20",
         "agents": {"sdac": "", "qsm": "", "sac": "", "td3": ""},
     },
+    # The small tasks among the paper's ten, with the defaults.
+    "small": {
+        "tasks": ["InvertedPendulum-v4", "InvertedDoublePendulum-v4", "Reacher-v4", "Pusher-v5"],
+        "seeds": [1],
+        "flags": f"{PROTOCOL} --total-timesteps 150000 --eval-frequency 10000 --eval-episodes 10",
+        "agents": {"sdac": "", "sac": ""},
+    },
     # Minutes on two cores: small networks, larger learning rates, and SDAC cold from the start.
     "quick": {
         "tasks": ["InvertedPendulum-v4", "InvertedDoublePendulum-v4", "Reacher-v4"],
