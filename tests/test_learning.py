@@ -12,8 +12,7 @@ import campaign  # noqa: E402
 # episodes); the best of the last three evaluations has to be above -600. With seeds 1 to 5 it was -125 to -292 for
 # sdac.py, -100 to -264 for sac.py, -88 to -200 for td3.py and -104 to -247 for qsm.py. Smaller gammas are faster.
 FLAGS = {
-    "sdac": "--total-timesteps 2500 --gamma 0.95 --bounded-reverse-sampling --temperature 0.05 --policy-frequency 1"
-    " --tau 0.03 --diffusion-steps 4 --num-particles 4 --num-reverse-samples 16",
+    "sdac": "--total-timesteps 3500 --gamma 0.95",
     "sac": "--total-timesteps 3500 --gamma 0.95",
     "td3": "--total-timesteps 5000",
     "qsm": "--total-timesteps 3500 --gamma 0.95 --q-gradient-scale 0.25 --diffusion-steps 5",
