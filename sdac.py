@@ -6,7 +6,7 @@ The policy is a diffusion model whose score is trained by Reverse Sampling Score
 values of Q: neither samples of the desired policy nor gradients of Q.
 
 The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s) for a in the box [-2, 2]^d; Q clips a to [-1, 1]^d, as the
-environment does. The temperature lambda falls on a fixed curve. Noising a_0, with abar_t < 1 falling in t, gives
+environment does. The temperature lambda falls on a fixed curve. Noising a_0 to a_t, t = 1..T, with abar_t < 1 falling:
 
     q_{t|0}(a_t|a_0) = N(a_t; sqrt(abar_t) a_0, (1-abar_t) I)               forward kernel          (1)
     p_t(a_t|s) = ∫ pi(a_0|s) q_{t|0}(a_t|a_0) da_0                          noised policy           (2)
@@ -33,24 +33,24 @@ With the predicted noise eps_theta = -sqrt(1-abar_t) s_theta, and M reverse samp
     w_k = softmax_k(Q(s,a_0^k)/lambda)                                                              (8)
     L' = E |eps_theta(s,a_t,t) - sum_k w_k eps_k|^2 + const                                         (9)
 
-since (5) is -eps_k/sqrt(1-abar_t) at a_0^k. The softmax divides by M times an average that tends to a function of
-(s, a_t, t) alone as M grows (the bias, of order 1/M, is towards equal w_k), and (9) drops the factor 1/(1-abar_t). The
+since (5) is -eps_k/sqrt(1-abar_t) at a_0^k. The denominator of (8), over M, tends to a function of (s, a_t, t) alone:
+one more such weight (for finite M a bias, of order 1/M, towards equal w_k), as is the 1/(1-abar_t) that (9) drops. The
 sum moves inside the square because the w_k add up to 1 and eps_theta does not depend on k: one pass serves all M.
 
-The algorithm:
+The algorithm, with critics Q_1 and Q_2, averages Qbar_1 and Qbar_2 of them and one of the policy, T = 5, N = M = 16:
      1  repeat
      2      act in 5 environments: denoise N particles with the averaged policy, keep the one with the largest
             min_j Q_j(s,a), add N(0, std^2 I), std = 10 lambda, clip to [-1, 1]; each returns r, s' and done
-     3      store each (s, a, s', r, done); after the first 30,000, whose a are uniform, also update, with a batch:
+     3      store each (s, a, s', r, done); after the first 30,000, whose a are uniform, update once, with a batch:
      4      targets: y = 0.2 r + gamma (1-done) min_j Qbar_j(s',a'), a' one particle of the online policy, noisy as in 2
      5      every second update
-     6          proposal: a_0 = a from the buffer, t uniform in 0..T-1, and a_t by (1)
+     6          proposal: a_0 = a from the buffer, t uniform in 1..T, and a_t by (1)
      7          reverse sampling: M actions by (7), weighted with min_j Q_j by (8)
      8          policy: one step of Adam on (9), with a learning rate that falls from 3e-4 to 3e-5
      9      critics: one step of Adam on sum_j E (Q_j(s,a) - y)^2
     10      every 250th update
-    11          lambda: one step of Adam on log lambda (H - Hbar), with Hbar = -0.9 d and, held fixed, the exploration
-                noise's entropy H; std falls from 0.5 to 0.1, where H is about Hbar, in 125,000 updates
+    11          lambda: one step of Adam on (H - Hbar) log lambda, with Hbar = -0.9 d and, held fixed, the exploration
+                noise's entropy H, given by lambda; std falls from 0.5 to 0.1 (H about Hbar) in 125,000 updates
     12      every second update
     13          averages: of the policy, and Qbar of Q, with step size 0.01
 
@@ -68,8 +68,8 @@ Where this file differs from the paper's official code (JAX, mahaitongdae/diffus
   - the proposal takes the buffer's actions: any proposal will do, and the policy's would have to be sampled;
   - reverse samples lie in a box, without which Z is infinite; their weighted mean never reaches its edge, hence a box
     wider than the [-1, 1]^d to which denoising clips the a_0 that it predicts;
-  - denoising adds no noise: pi, clipped, is nearly a point, and the score that M = 16 samples teach is too short to
-    take added noise out again; the betas grow as a fourth power, which puts more of the T steps at little noise.
+  - denoising adds no noise: pi, clipped, is nearly a point, and the score learnt from M = 16 samples is too small, by
+    its bias, to take added noise out again; the betas grow as a fourth power, so more of the T steps have little noise.
 - Actions are clipped to [-1, 1] after the exploration noise, in acting, in the target and in the policy's proposals;
   the official code stores and bootstraps them unclipped, though the environment clips them.
 - As there, but not in the paper: best-of-N in line 2, and denoising from N(0, 0.5^2 I), not N(0, I).
@@ -177,10 +177,10 @@ def normal_cdf(x: Tensor) -> Tensor:
 
 
 class Schedule(nn.Module):
-    """Noise schedule; the paper's steps 1..T are t = 0..T-1 here. beta_t grows from 8e-5 to 0.7992 as a power of a
-    linear function, and abar_t is the product of all 1 - beta up to t. The tables (T,) are made in float64: 1 - abar_0
-    would lose half its digits in float32. DDPM's posterior of a_{t-1} is N(mean_a0_t a_0 + mean_at_t a_t,
-    posterior_std_t^2 I), with posterior_std_0 = 0."""
+    """Noise schedule; steps 1..T are t = 0..T-1 in the code, where a_0 is still the action without noise. beta_t grows
+    from 8e-5 to 0.7992 as a power of a linear function, and abar_t is the product of all 1 - beta up to t. The tables
+    (T,) are made in float64: 1 - abar_0 would lose half its digits in float32. DDPM's posterior of the action one step
+    before a_t is N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2 I); for t = 0 it is the point a_0."""
 
     start_std = 0.5  # of the Gaussian noise that denoising starts from
 
@@ -216,7 +216,7 @@ class Schedule(nn.Module):
         below, above = normal_cdf(low), normal_cdf(-high)  # each from its accurate tail
         inside = torch.where(low > 0, normal_cdf(-low) - above, normal_cdf(high) - below)
         left, right = below + u * inside, above + (1 - u) * inside  # probability left and right of eps, together 1
-        eps = torch.special.ndtri(torch.minimum(left, right).clamp(min=torch.finfo(u.dtype).tiny))  # it can be 0
+        eps = torch.special.ndtri(torch.minimum(left, right).clamp(min=torch.finfo(u.dtype).tiny))  # 0 would give -inf
         return torch.where(left < right, eps, -eps).clamp(low, high)
 
 
@@ -232,9 +232,9 @@ class Mish(nn.Module):
         return x - x / (e * (e / 2 + 1) + 1)
 
 
-def states_per_chunk(rows: int, device: torch.device) -> int:
-    """How many states of that many rows each fit a CPU's cache, all layers' activations included: 1.07 times."""
-    return max(1024 // rows, 1) if device.type == "cpu" else 10**9
+def states_per_chunk(actions: int, device: torch.device) -> int:
+    """How many states with that many actions each fit a CPU's cache, all layers' activations included: 1.07 times."""
+    return max(1024 // actions, 1) if device.type == "cpu" else 10**9
 
 
 compiled = torch.compile(dynamic=False, mode="reduce-overhead")  # with the same on `gradients` below: 1.9 times
@@ -244,8 +244,8 @@ compiled = torch.compile(dynamic=False, mode="reduce-overhead")  # with the same
 
 
 class Linear(nn.Module):
-    """x W + b, (..., i) to (..., j). As in the official code, b = 0 and W is normal of std 1/sqrt(fan_in), cut at two
-    std; fan_in is i, or the whole layer's if this is a part. twins=True: one per critic, (2, B, i) to (2, B, j)."""
+    """x W + b, (..., i) to (..., j). As in the official code, b = 0 at first and W is normal of std 1/sqrt(fan_in), cut
+    at two std; fan_in is i, or the whole layer's for a part (see `trunk`). twins=True: (2, B, i) to (2, B, j)."""
 
     def __init__(self, in_features: int, out_features: int, fan_in: int | None = None, bias=True, twins=False):
         super().__init__()
@@ -451,7 +451,7 @@ class SDAC(nn.Module):
             eps = self.schedule.bounded_noise(a_t, t, torch.rand(shape, device=a_t.device), self.args.reverse_bound)
         else:
             eps = torch.randn(shape, device=a_t.device)
-        a_0 = self.schedule.reverse_samples(a_t, t, eps).clamp(-1, 1)  # Q clips, as the environment does
+        a_0 = self.schedule.reverse_samples(a_t, t, eps).clamp(-1, 1)  # for Q, as the environment does
         weights = F.softmax(self.values(batch.observations, a_0) / self.temperature, dim=1)
         return torch.einsum("bm,bmd->bd", weights, eps), 1 / weights.square().sum(1).mean()
 
@@ -467,7 +467,7 @@ class SDAC(nn.Module):
         return qf1_loss + qf2_loss, {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf1_values": q1, "qf2_values": q2}
 
     def lambda_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """log lambda (H - Hbar), with the entropy H = d/2 log(2 pi e std^2) of the exploration noise held fixed."""
+        """(H - Hbar) log lambda, with the entropy H = d/2 log(2 pi e std^2) of the exploration noise held fixed."""
         entropy = self.action_dim / 2 * torch.log(2 * math.pi * math.e * self.exploration_std**2)
         loss = self.log_lambda * (entropy - self.args.target_entropy_scale * self.action_dim)
         return loss, {"lambda": self.temperature}
