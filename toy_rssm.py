@@ -9,25 +9,25 @@ only the loss. All densities live on the box [-1, 1]^2, and a_t = sqrt(abar_t) a
               a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k, eps_k ~ N(0, I) given that a_0^k is in the box.
               a_t is a noised uniform point of the box: any law with full support has the same minimiser. Energies only.
     dsm       denoising score matching: eps_theta regresses on the eps that noised a *true sample* of pi: a reference.
-    idem      iterated denoising energy matching (Akhound-Sadegh et al., 2024, arXiv 2402.06121): x_s = a + s z; the
-              score of the noised density is regressed on sum_k w_k (-∇E)(x_k), w = softmax(-E(x_k)), K samples
-              x_k ~ N(x_s, s^2 I), at noised samples of the model itself. Energies and their gradients.
+    idem      iterated denoising energy matching (Akhound-Sadegh et al., 2024, arXiv 2402.06121): at x = a + sigma z,
+              a from the model and z ~ N(0, I), its score regresses on sum_k w_k (-∇E)(x_k), w = softmax(-E(x_k)),
+              over K samples x_k ~ N(x, sigma^2 I). Energies and their gradients.
     langevin  unadjusted Langevin, a <- a - h ∇E(a) + sqrt(2h) z. Gradients.
-    fab       flow annealed importance sampling bootstrap (Midgley et al., 2023, arXiv 2208.01893): a RealNVP q is
-              trained with -E[w log q] on samples that annealed importance sampling moves from q towards pi^2/q, the
-              minimum-variance target of the alpha = 2 divergence. Energies and gradients.
+    fab       flow annealed importance sampling bootstrap (Midgley et al., 2023, arXiv 2208.01893): a RealNVP q
+              lowers its alpha = 2 divergence ∫pi^2/q: loss -sum w log q, sum w = 1, at samples that annealed
+              importance sampling moves from q towards pi^2/q, the proposal of least variance for it. Energies and gradients.
     qsm       Q-score matching (Psenka et al., 2024, arXiv 2312.11752): the score at every noise level is taken to be
-              -∇E at the *noised* point, here of a uniform one. Gradients. Biased by construction (see qsm.py).
+              -∇E at the *noised* point, here a noised uniform one. Gradients. Biased by construction (see qsm.py).
 
-Departures: iDEM clips s times its estimate, where the official code clips the estimate; FAB has no replay buffer of
-samples. Both are tuned for minutes on two cores, not for their best.
+Departures: iDEM clips sigma times its estimate, where the official code clips the estimate; FAB has no replay buffer
+of samples. Both are tuned for minutes on two cores, not for their best.
 
 Metrics, over `--samples` samples of each method; `true`, always the last, is as many true samples:
-    kl            KL(P|Q) over 40 x 40 cells of the box; P_c the density's mass, Q_c the samples' (0.1 added per cell)
+    kl            KL(P|Q) over 40 x 40 cells of the box; P_c the density's mass, Q_c the samples' (each count + 0.1)
     mode_error    sum_m |share of samples whose most probable mode is m - weight of m| / 2, between 0 and 1
-    energies      evaluations of E while training and sampling; gradients: of ∇E, each of which is one of E too
+    energies      evaluations of E while training and sampling; gradients: of ∇E, each counted under energies too
     seconds       wall-clock time of training and sampling
-    peak_mb       growth of the process's peak memory in MiB, on Linux: only what exceeds the methods before it
+    peak_mb       growth of the process's peak memory, MiB on Linux: 0 for a method that stays below an earlier peak
 
 Usage:
     python toy_rssm.py
@@ -217,7 +217,7 @@ def normal_cdf(x: Tensor) -> Tensor:
 
 
 def bounded_noise(mean: Tensor, std: Tensor, u: Tensor) -> Tensor:
-    """Noise from the truncated normal with mean - std noise in [-1, 1], by inversion from uniform numbers u."""
+    """Noise drawn from N(0, I) given that mean - std * noise is in [-1, 1], by inversion from uniform numbers u."""
     low, high = (mean - 1) / std, (mean + 1) / std
     below, above = normal_cdf(low), normal_cdf(-high)  # probability below low, and above high
     inside = torch.where(low > 0, normal_cdf(-low) - above, normal_cdf(high) - below)  # from the accurate tails
@@ -227,9 +227,9 @@ def bounded_noise(mean: Tensor, std: Tensor, u: Tensor) -> Tensor:
 
 
 def rssm_target(energy: Callable, schedule: Schedule, a_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
-    """Regression target of RSSM: sum_k w_k eps_k with w = softmax(-E(a_0^k)), an estimate of E[eps | a_t] with a bias
-    of order 1/M, since p(a_0|a_t) ∝ exp(-E(a_0)) N(a_0; a_t/sqrt(abar_t), (1/abar_t - 1) I): the a_0^k are drawn from
-    the normal, cut to the box, and weighted by exp(-E). a_t (n, 2), t (n,), u (n, M, 2) uniform. Returns (n, 2).
+    """Regression target of RSSM, sum_k w_k eps_k, an estimate of the mean of p(eps|a_t) with a bias of order 1/M. As
+    p(a_0|a_t) ∝ exp(-E(a_0)) N(a_0; a_t/sqrt(abar_t), (1/abar_t - 1) I), the a_0^k are drawn from that normal, cut to
+    the box, and weighted by w = softmax(-E(a_0^k)). a_t (n, 2), t (n,), u (n, M, 2) uniform. Returns (n, 2).
     """
     mean, std = (a_t / schedule.sqrt_abar[t, None])[:, None], schedule.reverse_std[t, None, None]
     eps = bounded_noise(mean, std, u)
@@ -306,7 +306,7 @@ def run_qsm(target: Target, args: Args) -> tuple[Tensor, Callable]:
 
 
 def idem_score(energy_gradient: Callable, x: Tensor, sigma: Tensor, z: Tensor) -> Tensor:
-    """Estimate of the score of pi * N(0, sigma^2 I) from K energies and gradients, with a bias of order 1/K.
+    """Estimate of the score of pi convolved with N(0, sigma^2 I), from K energies and gradients, bias of order 1/K.
 
     x (n, 2), sigma (n, 1), z (n, K, 2) standard normal. Returns sum_k w_k (-∇E)(x + sigma z_k), (n, 2).
     """
@@ -331,7 +331,7 @@ def run_idem(
     @torch.no_grad()
     def sample(n: int) -> Tensor:
         """Reverse diffusion from N(0, sigma_max^2 I), as in the official code, then a denoising step. The noised pi is
-        wider than that: on gmm this alone makes a mode error of 0.046, even with an exact score."""
+        wider and off-centre: on gmm this alone makes a mode error of 0.046, even with an exact score."""
         x, levels = sigma_max * torch.randn(n, 2), torch.linspace(1, 0, args.diffusion_steps + 1)
         for i in range(args.diffusion_steps):
             drop = sigma_at(levels[i]) ** 2 - sigma_at(levels[i + 1]) ** 2
@@ -465,7 +465,7 @@ def run_fab(target: Target, args: Args, iterations=1200, batch=512, intermediate
             return log_q.detach(), torch.autograd.grad(log_q.sum(), a)[0]
 
     def densities(a: Tensor) -> Densities:
-        """q and pi^2 / q, the target of the alpha = 2 divergence."""
+        """q and pi^2 / q, whose integral is the alpha = 2 divergence."""
         (log_q, grad_log_q), (energy, gradient) = log_q_and_score(a), target.energy_gradient(a)
         return Densities(log_q, grad_log_q, -2 * energy - log_q, -2 * gradient - grad_log_q)
 
@@ -482,6 +482,9 @@ def run_fab(target: Target, args: Args, iterations=1200, batch=512, intermediate
         decay.step()
     with torch.no_grad():
         return flow.sample(args.samples), lambda a: log_q_and_score(a)[1]
+
+
+# Methods, metrics, picture, program -----------------------------------------------------------------
 
 
 class Sampler(NamedTuple):
@@ -502,9 +505,6 @@ METHODS = {
 }
 
 
-# Metrics, picture, program --------------------------------------------------------------------------
-
-
 def cell_masses(log_prob, cells: int = 40, per_side: int = 10) -> Tensor:
     """Mass of a density in each cell of the box, (cells, cells), normalised; by per_side^2 midpoints each."""
     x = (torch.arange(cells * per_side) + 0.5) / (cells * per_side) * 2 - 1
@@ -515,7 +515,7 @@ def cell_masses(log_prob, cells: int = 40, per_side: int = 10) -> Tensor:
 
 
 def grid_kl(masses: Tensor, samples: Tensor, pseudo_count: float = 0.1) -> float:
-    """KL(P|Q) of cell masses P against the histogram Q of samples (n, 2); samples outside the box fall into no cell."""
+    """KL(P|Q) of cell masses P against the histogram Q of samples (n, 2); those outside [-1, 1)^2 are in no cell."""
     cells = len(masses)
     index = ((samples + 1) / 2 * cells).floor().long()
     index = index[((index >= 0) & (index < cells)).all(1)]
@@ -532,7 +532,7 @@ def mode_error(target: Target, samples: Tensor) -> float:
 
 
 def draw_picture(path: Path, target: Target, name: str, results: dict) -> None:
-    """A column per method: samples over the density's contours, below the score field where there is one."""
+    """A column per method: samples over the density's contours; below them, the score field where there is one."""
     fig, axes = plt.subplots(2, len(results), figsize=(3.3 * len(results), 6.8), layout="constrained")
     x = torch.linspace(-1.15, 1.15, 161)
     points = torch.stack(torch.meshgrid(x, x, indexing="xy"), dim=-1)
