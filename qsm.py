@@ -11,15 +11,15 @@ arXiv 2312.11752. Nothing is differentiated through the sampling chain.
 
 with target critics Qbar and t = 0..T-1, so that a_0 is noised too. The sign: a denoiser predicts the noise that was
 added, so its score is -eps_theta / sqrt(1-abar_t). The optimum of (4) is eps_theta = -M_q ∇_a Q, hence the score is
-+M_q ∇_a Q / sqrt(1-abar_t), and denoising increases Q. (The authors' README has a minus in (4), their code has not.)
++M_q ∇_a Q / sqrt(1-abar_t), which points uphill. (The authors' README has a minus in (4), their code has not.)
 
 M_q trades off exploration and exploitation: a score c ∇Q belongs to the density exp(c Q), so M_q / sqrt(1-abar_t)
-acts as an inverse temperature. But every step moves by a multiple of M_q ∇_a Q, the last one, without noise, by 0.49
-M_q ∇_a Q for T = 5: a large M_q leads beyond the maximum of Q, up to the walls of the box [-1, 1]^d.
+acts as an inverse temperature. But every step scales a_t up and adds a multiple of M_q ∇_a Q; for T = 5 the last one,
+without noise, is 1.12 a_0 + 0.49 M_q ∇_a Q: a large M_q leads beyond the maximum of Q, to the walls of [-1, 1]^d.
 
 The algorithm:
      1  repeat
-     2      act: a as a' in (2), initially uniformly random; the environment returns r, s' and done
+     2      act: a as a' in (2), at first uniformly random and without lines 4 to 7; the environment returns r, s', done
      3      store (s, a, s', r, done) in the replay buffer, and draw a batch from it
      4      next actions: a' by (2), denoised from N(0, I) in T steps
      5      critics: one step of Adam on J_Q, with y by (2)
@@ -82,7 +82,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Args:
     exp_name: Annotated[str, Field(pattern="^[^/]+$")] = "qsm"  # name of the experiment, part of the run folder's name
     env_id: str = "HalfCheetah-v4"  # gymnasium id; `module:id` imports the module first
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # seed of all random number generators
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # seed of PyTorch and of the environments
     device: Literal["auto", "cpu", "cuda"] = "auto"  # device of the networks; auto uses CUDA if available
     compile: bool = True  # use torch.compile, which needs a C++ compiler, or Triton on CUDA
     total_timesteps: Count = 1_000_000  # environment steps of the whole run, summed over the environments
@@ -98,7 +98,7 @@ class Args:
     track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "diffusion-policy-online-rl"  # W&B project
     wandb_entity: str | None = None  # W&B team or user
-    resume: str | None = None  # run folder to resume; its arguments but --track, --wandb-entity apply unless given
+    resume: str | None = None  # run folder to resume; arguments default to its own, but not --track and --wandb-entity
     evaluate: str | None = None  # run folder whose policy plays `--eval-episodes` episodes, instead of training
 
     # Algorithm specific arguments
@@ -161,8 +161,8 @@ class Mish(nn.Module):
 
 
 class Linear(nn.Module):
-    """x W + b, (..., i) to (..., j), initialised like the official code's: W Xavier uniform, b = 0. With twins=True a
-    layer for each of two critics, (2, B, i) to (2, B, j): one batched product is faster than two."""
+    """x W + b, (..., i) to (..., j). As in the official code, b = 0 at first and W is Xavier uniform; fan_in is i, or
+    the whole layer's for a part (see `Policy`). twins=True: two layers as one product, (2, B, i) to (2, B, j)."""
 
     def __init__(self, in_features: int, out_features: int, fan_in: int | None = None, bias=True, twins=False):
         super().__init__()
@@ -188,7 +188,7 @@ class Critics(nn.Module):
 
 class Policy(nn.Module):
     """Noise prediction eps_theta(s, a_t, t): observations (B, o), a_t (B, d), t (B,) in 0..T-1 give (B, d). The first
-    layer is split by input, [a, s, c] W = a W_a + s W_s + c W_c; `time_layers` make c from t, and c W_c."""
+    layer is split by input, [a, s, c] W = a W_a + s W_s + c W_c, with c made from t; `time_layers` end with W_c."""
 
     def __init__(self, obs_dim: int, action_dim: int, hidden: int, steps: int, time_dim: int = 64, cond_dim: int = 128):
         super().__init__()
@@ -324,7 +324,7 @@ class QSM(nn.Module):
 #     Agent(obs_dim, action_dim, args)    an nn.Module; its state_dict is what the run folder keeps of it
 #     .act(observations, explore)         actions (B, d) in [-1, 1] for observations (B, o), with or without exploration
 #     .update(batch)                      one update from a `Batch`; returns metrics to log, {name: tensor ()}
-#     .updates, .optimizers               the number of updates so far, and a list; both are kept in checkpoints
+#     .updates, .optimizers               the number of updates, counted by `update`, and a list; checkpoints keep both
 
 
 class ReplayBuffer:
@@ -426,7 +426,7 @@ def write(path: Path, content: dict | str) -> None:
 
 
 def save(folder: Path, agent: nn.Module, buffer: ReplayBuffer, step: int, seconds: float, evaluations: list) -> None:
-    """Write policy and checkpoint, unless a parameter is not finite: then the last good ones stay."""
+    """Write policy.pt, all networks, and checkpoint.pt; where a parameter is not finite, the last good ones stay."""
     check_finite(f"step {step}", dict(agent.named_parameters()))
     checkpoint = {"step": step, "seconds": seconds, "evaluations": evaluations, "updates": agent.updates}
     checkpoint |= {"agent": agent.state_dict(), "buffer": buffer.state_dict()}

@@ -3,7 +3,7 @@
 
 Haarnoja et al.: "Soft Actor-Critic Algorithms and Applications", 2018, arXiv 1812.05905. The policy maximises return
 plus alpha times its entropy, two critics Q_1, Q_2 learn the soft value of its actions, and the temperature alpha is
-tuned so that the entropy stays at its target Hbar = -d, where d is the number of action dimensions. Qbar averages Q.
+tuned so that the entropy stays at its target Hbar = -d, for d action dimensions. Qbar_j is a moving average of Q_j.
 
     a = tanh(u),  u = mu(s) + sigma(s) eps,  eps ~ N(0, I)                                      policy      (1)
     log pi(a|s) = log N(u; mu, diag(sigma^2)) - sum_i log(1 - tanh(u_i)^2)                                  (2)
@@ -15,11 +15,11 @@ tuned so that the entropy stays at its target Hbar = -d, where d is the number o
 
 The algorithm:
      1  repeat
-     2      act: a ~ pi(.|s), initially uniformly random; the environment returns r, s' and done
+     2      act: a ~ pi(.|s), at first uniformly random and without lines 4 to 7; the environment returns r, s' and done
      3      store (s, a, s', r, done) in the replay buffer, and draw a batch from it
      4      critics: one step of Adam on J_Q, with y by (4)
      5      policy: one step of Adam on J_pi, the critics held fixed
-     6      temperature: one step of Adam on J_alpha, with the actions of line 5
+     6      temperature: one step of Adam on J_alpha, with the log pi of line 5
      7      target critics: Qbar <- (1-tau) Qbar + tau Q
 
 Usage:
@@ -27,8 +27,8 @@ Usage:
     python sac.py --resume runs/RUN_FOLDER
     python sac.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
-Departure from the paper: no factor 1/2 in (5), to which Adam is invariant. Where the paper is silent: log sigma is
-clamped to [-20, 2], alpha starts at 1, Adam updates log alpha, and the first 5,000 actions are random.
+Departure from the paper: no factor 1/2 in (5), to which Adam is nearly invariant. Where the paper is silent: log sigma
+is clamped to [-20, 2], alpha starts at 1, Adam updates log alpha, and the first 5,000 actions are random.
 """
 
 # /// script
@@ -71,7 +71,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Args:
     exp_name: Annotated[str, Field(pattern="^[^/]+$")] = "sac"  # name of the experiment, part of the run folder's name
     env_id: str = "HalfCheetah-v4"  # gymnasium id; `module:id` imports the module first
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # seed of all random number generators
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # seed of PyTorch and of the environments
     device: Literal["auto", "cpu", "cuda"] = "auto"  # device of the networks; auto uses CUDA if available
     compile: bool = True  # use torch.compile, which needs a C++ compiler, or Triton on CUDA
     total_timesteps: Count = 1_000_000  # environment steps of the whole run, summed over the environments
@@ -87,7 +87,7 @@ class Args:
     track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "diffusion-policy-online-rl"  # W&B project
     wandb_entity: str | None = None  # W&B team or user
-    resume: str | None = None  # run folder to resume; its arguments but --track, --wandb-entity apply unless given
+    resume: str | None = None  # run folder to resume; arguments default to its own, but not --track and --wandb-entity
     evaluate: str | None = None  # run folder whose policy plays `--eval-episodes` episodes, instead of training
 
     # Algorithm specific arguments
@@ -249,7 +249,7 @@ class SAC(nn.Module):
 #     Agent(obs_dim, action_dim, args)    an nn.Module; its state_dict is what the run folder keeps of it
 #     .act(observations, explore)         actions (B, d) in [-1, 1] for observations (B, o), with or without exploration
 #     .update(batch)                      one update from a `Batch`; returns metrics to log, {name: tensor ()}
-#     .updates, .optimizers               the number of updates so far, and a list; both are kept in checkpoints
+#     .updates, .optimizers               the number of updates, counted by `update`, and a list; checkpoints keep both
 
 
 class ReplayBuffer:
@@ -351,7 +351,7 @@ def write(path: Path, content: dict | str) -> None:
 
 
 def save(folder: Path, agent: nn.Module, buffer: ReplayBuffer, step: int, seconds: float, evaluations: list) -> None:
-    """Write policy and checkpoint, unless a parameter is not finite: then the last good ones stay."""
+    """Write policy.pt, all networks, and checkpoint.pt; where a parameter is not finite, the last good ones stay."""
     check_finite(f"step {step}", dict(agent.named_parameters()))
     checkpoint = {"step": step, "seconds": seconds, "evaluations": evaluations, "updates": agent.updates}
     checkpoint |= {"agent": agent.state_dict(), "buffer": buffer.state_dict()}

@@ -14,7 +14,7 @@ A bar marks a moving average of parameters.
 
 The algorithm:
      1  repeat
-     2      act: a by (1), initially uniformly random; the environment returns r, s' and done
+     2      act: a by (1), at first uniformly random and without lines 4 to 7; the environment returns r, s' and done
      3      store (s, a, s', r, done) in the replay buffer, and draw a batch from it
      4      critics: one step of Adam on J_Q, with y by (2) and (3)
      5      every second update
@@ -26,9 +26,9 @@ Usage:
     python td3.py --resume runs/RUN_FOLDER
     python td3.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
-Departures from the paper: today's usual learning rates of 3e-4, batches of 256, 25,000 random steps and two hidden
-layers of 256. As in the authors' code, a' is clipped to [-1, 1]. The policy is trained in updates 1, 3, 5, ..., where
-theirs is trained in 2, 4, 6, ...
+Departures from the paper, whose values are in brackets: learning rates of 3e-4 (1e-3), batches of 256 (100), 25,000
+random steps (10,000 or 1,000), two hidden layers of 256 (400 and 300). As in the authors' code, a' is clipped to
+[-1, 1]. The policy is trained in updates 1, 3, 5, ..., where theirs is trained in 2, 4, 6, ...
 """
 
 # /// script
@@ -72,7 +72,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Args:
     exp_name: Annotated[str, Field(pattern="^[^/]+$")] = "td3"  # name of the experiment, part of the run folder's name
     env_id: str = "HalfCheetah-v4"  # gymnasium id; `module:id` imports the module first
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # seed of all random number generators
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # seed of PyTorch and of the environments
     device: Literal["auto", "cpu", "cuda"] = "auto"  # device of the networks; auto uses CUDA if available
     compile: bool = True  # use torch.compile, which needs a C++ compiler, or Triton on CUDA
     total_timesteps: Count = 1_000_000  # environment steps of the whole run, summed over the environments
@@ -88,7 +88,7 @@ class Args:
     track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "diffusion-policy-online-rl"  # W&B project
     wandb_entity: str | None = None  # W&B team or user
-    resume: str | None = None  # run folder to resume; its arguments but --track, --wandb-entity apply unless given
+    resume: str | None = None  # run folder to resume; arguments default to its own, but not --track and --wandb-entity
     evaluate: str | None = None  # run folder whose policy plays `--eval-episodes` episodes, instead of training
 
     # Algorithm specific arguments
@@ -237,7 +237,7 @@ class TD3(nn.Module):
 #     Agent(obs_dim, action_dim, args)    an nn.Module; its state_dict is what the run folder keeps of it
 #     .act(observations, explore)         actions (B, d) in [-1, 1] for observations (B, o), with or without exploration
 #     .update(batch)                      one update from a `Batch`; returns metrics to log, {name: tensor ()}
-#     .updates, .optimizers               the number of updates so far, and a list; both are kept in checkpoints
+#     .updates, .optimizers               the number of updates, counted by `update`, and a list; checkpoints keep both
 
 
 class ReplayBuffer:
@@ -339,7 +339,7 @@ def write(path: Path, content: dict | str) -> None:
 
 
 def save(folder: Path, agent: nn.Module, buffer: ReplayBuffer, step: int, seconds: float, evaluations: list) -> None:
-    """Write policy and checkpoint, unless a parameter is not finite: then the last good ones stay."""
+    """Write policy.pt, all networks, and checkpoint.pt; where a parameter is not finite, the last good ones stay."""
     check_finite(f"step {step}", dict(agent.named_parameters()))
     checkpoint = {"step": step, "seconds": seconds, "evaluations": evaluations, "updates": agent.updates}
     checkpoint |= {"agent": agent.state_dict(), "buffer": buffer.state_dict()}

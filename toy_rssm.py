@@ -15,7 +15,7 @@ only the loss. All densities live on the box [-1, 1]^2, and a_t = sqrt(abar_t) a
     langevin  unadjusted Langevin, a <- a - h ∇E(a) + sqrt(2h) z. Gradients.
     fab       flow annealed importance sampling bootstrap (Midgley et al., 2023, arXiv 2208.01893): a RealNVP q
               lowers its alpha = 2 divergence ∫pi^2/q: loss -sum w log q, sum w = 1, at samples that annealed
-              importance sampling moves from q towards pi^2/q, the proposal of least variance for it. Energies and gradients.
+              importance sampling moves from q towards pi^2/q, the best proposal for it. Energies and gradients.
     qsm       Q-score matching (Psenka et al., 2024, arXiv 2312.11752): the score at every noise level is taken to be
               -∇E at the *noised* point, here a noised uniform one. Gradients. Biased by construction (see qsm.py).
 
