@@ -37,7 +37,7 @@ since (5) is -eps_k/sqrt(1-abar_t) at a_0^k. The denominator of (8), over M, ten
 one more such weight (for finite M a bias, of order 1/M, towards equal w_k), as is the 1/(1-abar_t) that (9) drops. The
 sum moves inside the square because the w_k add up to 1 and eps_theta does not depend on k: one pass serves all M.
 
-The algorithm, with critics Q_1 and Q_2, averages Qbar_1 and Qbar_2 of them and one of the policy, T = 5, N = M = 16:
+The algorithm, with two critics Q_j, their moving averages Qbar_j, one of the policy too, T = 5 and N = M = 16:
      1  repeat
      2      act in 5 environments: denoise N particles with the averaged policy, keep the one with the largest
             min_j Q_j(s,a), add N(0, std^2 I), std = 10 lambda, clip to [-1, 1]; each returns r, s' and done
@@ -245,7 +245,7 @@ compiled = torch.compile(dynamic=False, mode="reduce-overhead")  # with the same
 
 class Linear(nn.Module):
     """x W + b, (..., i) to (..., j). As in the official code, b = 0 at first and W is normal of std 1/sqrt(fan_in), cut
-    at two std; fan_in is i, or the whole layer's for a part (see `trunk`). twins=True: (2, B, i) to (2, B, j)."""
+    at two std; fan_in is i, or the whole layer's (see `trunk`). twins=True: one per critic, (2, B, i) to (2, B, j)."""
 
     def __init__(self, in_features: int, out_features: int, fan_in: int | None = None, bias=True, twins=False):
         super().__init__()
