@@ -5,8 +5,8 @@ Ma, Chen, Wang, Li, Dai: "Efficient Online Reinforcement Learning for Diffusion 
 The policy is a diffusion model whose score is trained by Reverse Sampling Score Matching (RSSM), which needs only
 values of Q: neither samples of the desired policy nor gradients of Q.
 
-The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s) for a in the box [-2, 2]^d; Q clips a to [-1, 1]^d, as the
-environment does. The temperature lambda falls on a fixed curve. Noising a_0 to a_t, t = 1..T, with abar_t < 1 falling:
+The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s) for a in the box [-2, 2]^d, where Q takes a clipped to
+[-1, 1]^d. The temperature lambda falls on a fixed curve (line 11). Noising a_0 to a_t, t = 1..T, with abar_t falling:
 
     q_{t|0}(a_t|a_0) = N(a_t; sqrt(abar_t) a_0, (1-abar_t) I)               forward kernel          (1)
     p_t(a_t|s) = ∫ pi(a_0|s) q_{t|0}(a_t|a_0) da_0                          noised policy           (2)
@@ -33,15 +33,15 @@ With the predicted noise eps_theta = -sqrt(1-abar_t) s_theta, and M reverse samp
     w_k = softmax_k(Q(s,a_0^k)/lambda)                                                              (8)
     L' = E |eps_theta(s,a_t,t) - sum_k w_k eps_k|^2 + const                                         (9)
 
-since (5) is -eps_k/sqrt(1-abar_t) at a_0^k. The denominator of (8), over M, tends to a function of (s, a_t, t) alone:
-one more such weight (for finite M a bias, of order 1/M, towards equal w_k), as is the 1/(1-abar_t) that (9) drops. The
+since (5) is -eps_k/sqrt(1-abar_t) at a_0^k. Two more such weights are the 1/(1-abar_t) that (9) drops and, for large M,
+the denominator of (8), M times a function of (s, a_t, t) alone (for finite M a bias, of order 1/M, to equal w_k). The
 sum moves inside the square because the w_k add up to 1 and eps_theta does not depend on k: one pass serves all M.
 
-The algorithm, with two critics Q_j, their moving averages Qbar_j, one of the policy too, T = 5 and N = M = 16:
+The algorithm, with two critics Q_j, moving averages Qbar_j of them and one of the policy, T = 5, N = M = 16:
      1  repeat
      2      act in 5 environments: denoise N particles with the averaged policy, keep the one with the largest
             min_j Q_j(s,a), add N(0, std^2 I), std = 10 lambda, clip to [-1, 1]; each returns r, s' and done
-     3      store each (s, a, s', r, done); after the first 30,000, whose a are uniform, update once, with a batch:
+     3      store each (s, a, s', r, done), the first 30,000 with uniform a; from then on, lines 4 to 13 on a batch:
      4      targets: y = 0.2 r + gamma (1-done) min_j Qbar_j(s',a'), a' one particle of the online policy, noisy as in 2
      5      every second update
      6          proposal: a_0 = a from the buffer, t uniform in 1..T, and a_t by (1)
@@ -49,8 +49,8 @@ The algorithm, with two critics Q_j, their moving averages Qbar_j, one of the po
      8          policy: one step of Adam on (9), with a learning rate that falls from 3e-4 to 3e-5
      9      critics: one step of Adam on sum_j E (Q_j(s,a) - y)^2
     10      every 250th update
-    11          lambda: one step of Adam on (H - Hbar) log lambda, with Hbar = -0.9 d and, held fixed, the exploration
-                noise's entropy H, given by lambda; std falls from 0.5 to 0.1 (H about Hbar) in 125,000 updates
+    11          lambda: one step of Adam on (H - Hbar) log lambda, with Hbar = -0.9 d and H, the exploration
+                noise's entropy, which lambda alone determines, held fixed: std falls from 0.5 to 0.1 in 125,000 updates
     12      every second update
     13          averages: of the policy, and Qbar of Q, with step size 0.01
 
@@ -66,13 +66,13 @@ Where this file differs from the paper's official code (JAX, mahaitongdae/diffus
   - lambda starts at 0.05, which makes the policy greedy enough without the best of 32 particles in the target;
   - N = 16, M = 16 and T = 5 take less arithmetic; tau = 0.01 every second update is SAC's 0.005 every update;
   - the proposal takes the buffer's actions: any proposal will do, and the policy's would have to be sampled;
-  - reverse samples lie in a box, without which Z is infinite; their weighted mean never reaches its edge, hence a box
+  - reverse samples lie in a box, without which Z is infinite; their weighted mean stays inside it, so to reach 1 it is
     wider than the [-1, 1]^d to which denoising clips the a_0 that it predicts;
   - denoising adds no noise: pi, clipped, is nearly a point, and the score learnt from M = 16 samples is too small, by
     its bias, to take added noise out again; the betas grow as a fourth power, so more of the T steps have little noise.
 - Actions are clipped to [-1, 1] after the exploration noise, in acting, in the target and in the policy's proposals;
-  the official code stores and bootstraps them unclipped, though the environment clips them.
-- As there, but not in the paper: best-of-N in line 2, and denoising from N(0, 0.5^2 I), not N(0, I).
+  the official code does not, and MuJoCo's tasks clip what drives the motors, but not their cost of control.
+- As there: best-of-N in line 2, which the paper's first version leaves out; denoising from N(0, 0.5^2 I), not N(0, I).
 - `--soft-critic` adds lambda times the entropy of the exploration noise to the target, which the official code leaves
   out: on average the same number at every state, so a bonus or penalty per step of staying alive.
 """
@@ -111,7 +111,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -145,8 +144,8 @@ class Args:
     q_lr: Fraction = 3e-4  # learning rate of the critics
     policy_lr: Fraction = 3e-4  # initial learning rate of the policy
     policy_lr_end: Fraction = 3e-5  # final learning rate of the policy; linear in between
-    policy_lr_decay_begin: Natural = 25_000  # policy updates before that decay
-    policy_lr_decay_end: Natural = 75_000  # policy updates after which it ends
+    policy_lr_decay_begin: Annotated[int, Field(ge=0)] = 25_000  # policy updates before that decay
+    policy_lr_decay_end: Annotated[int, Field(ge=0)] = 75_000  # policy updates after which it ends
     policy_frequency: Count = 2  # updates per update of the policy and the averages
     reward_scale: Positive = 0.2  # factor on rewards in the critics' target; scales Q, and the lambda that suits it
     hidden_size: Count = 256  # width of the three hidden layers of critics and policy
@@ -162,7 +161,7 @@ class Args:
     reverse_bound: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0  # half the width of that box
     soft_critic: bool = False  # add lambda times the entropy of the exploration noise to the critics' target
     temperature: Positive = 0.05  # initial lambda
-    exploration_noise: Positive = 0.5  # initial standard deviation of the exploration noise; proportional to lambda
+    exploration_noise: Positive = 0.5  # initial std of the exploration noise; the std stays proportional to lambda
     lambda_lr: Fraction = 7e-3  # learning rate of log lambda
     lambda_frequency: Count = 250  # updates per update of lambda
     target_entropy_scale: Annotated[float, Field(allow_inf_nan=False)] = -0.9  # target entropy per action dimension
@@ -177,12 +176,12 @@ def normal_cdf(x: Tensor) -> Tensor:
 
 
 class Schedule(nn.Module):
-    """Noise schedule; steps 1..T are t = 0..T-1 in the code, where a_0 is still the action without noise. beta_t grows
-    from 8e-5 to 0.7992 as a power of a linear function, and abar_t is the product of all 1 - beta up to t. The tables
-    (T,) are made in float64: 1 - abar_0 would lose half its digits in float32. DDPM's posterior of the action one step
-    before a_t is N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2 I); for t = 0 it is the point a_0."""
+    """Noise schedule; t = 0..T-1 in the code are steps 1..T of the equations; a_0 has no noise in both. beta_t grows
+    from 8e-5 to 0.7992 as a power of a linear function; abar_t is the product of 1 - beta_0 to 1 - beta_t. The tables
+    (T,) are made in float64: 1 - abar_0 would lose half its digits in float32. DDPM's posterior, at one step of noise
+    less than a_t, is N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2 I); for t = 0 it is the point a_0."""
 
-    start_std = 0.5  # of the Gaussian noise that denoising starts from
+    start_std = 0.5  # of the Gaussian noise that denoising starts from, as in the official code; in DDPM 1
 
     def __init__(self, steps: int, power: float):
         super().__init__()
@@ -205,7 +204,7 @@ class Schedule(nn.Module):
         return self.sqrt_abar[t, None] * a_0 + self.sqrt_1m_abar[t, None] * eps
 
     def reverse_samples(self, a_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Undoes `noised`: a_0^k (B, M, d), equation (7), for a_t (B, d), t (B,) and eps (B, M, d)."""
+        """a_0^k (B, M, d), equation (7), which is (1) solved for a_0, for a_t (B, d), t (B,) and eps (B, M, d)."""
         return (a_t / self.sqrt_abar[t, None])[:, None] - self.reverse_std[t, None, None] * eps
 
     def bounded_noise(self, a_t: Tensor, t: Tensor, u: Tensor, bound: float) -> Tensor:
@@ -220,7 +219,7 @@ class Schedule(nn.Module):
         return torch.where(left < right, eps, -eps).clamp(low, high)
 
 
-# SPEED: "x times" is updates per second with a piece over without it, at Humanoid-v4's sizes, on one core of a Xeon ---
+# SPEED: factors are updates per second with a piece over those without it, Humanoid-v4's sizes, one core of a Xeon ----
 
 
 class Mish(nn.Module):
@@ -245,7 +244,7 @@ compiled = torch.compile(dynamic=False, mode="reduce-overhead")  # with the same
 
 class Linear(nn.Module):
     """x W + b, (..., i) to (..., j). As in the official code, b = 0 at first and W is normal of std 1/sqrt(fan_in), cut
-    at two std; fan_in is i, or the whole layer's (see `trunk`). twins=True: one per critic, (2, B, i) to (2, B, j)."""
+    at two std; fan_in is i, or the whole layer's where this is a part. twins: a pair, (2, B, i) to (2, B, j)."""
 
     def __init__(self, in_features: int, out_features: int, fan_in: int | None = None, bias=True, twins=False):
         super().__init__()
@@ -259,7 +258,7 @@ class Linear(nn.Module):
 
 
 def trunk(hidden: int, out_features: int, twins: bool = False) -> nn.Sequential:
-    """Everything after the first layer. The first one is split by input, [s, a] W = s W_s + a W_a, so that the
+    """All but the first layer, which Critics and Policy split by input, [s, a] W = s W_s + a W_a, so that the
     state's share is computed once per state and not once per particle, reverse sample and denoising step."""
     sizes = (hidden, hidden), (hidden, hidden), (hidden, out_features)
     return nn.Sequential(*(layer for size in sizes for layer in (Mish(), Linear(*size, twins=twins))))
@@ -451,7 +450,7 @@ class SDAC(nn.Module):
             eps = self.schedule.bounded_noise(a_t, t, torch.rand(shape, device=a_t.device), self.args.reverse_bound)
         else:
             eps = torch.randn(shape, device=a_t.device)
-        a_0 = self.schedule.reverse_samples(a_t, t, eps).clamp(-1, 1)  # for Q, as the environment does
+        a_0 = self.schedule.reverse_samples(a_t, t, eps).clamp(-1, 1)  # the critics know clipped actions only
         weights = F.softmax(self.values(batch.observations, a_0) / self.temperature, dim=1)
         return torch.einsum("bm,bmd->bd", weights, eps), 1 / weights.square().sum(1).mean()
 
