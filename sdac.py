@@ -5,7 +5,7 @@ Ma, Chen, Wang, Li, Dai: "Efficient Online Reinforcement Learning for Diffusion 
 The policy is a diffusion model whose score is trained by Reverse Sampling Score Matching (RSSM), which needs only
 values of Q: neither samples of the desired policy nor gradients of Q.
 
-The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s) for a in the box [-2, 2]^d, where Q takes a clipped to
+The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s) for a in the box [-2, 2]^d, with Q evaluated at a clipped to
 [-1, 1]^d. The temperature lambda falls on a fixed curve (line 11). Noising a_0 to a_t, t = 1..T, with abar_t falling:
 
     q_{t|0}(a_t|a_0) = N(a_t; sqrt(abar_t) a_0, (1-abar_t) I)               forward kernel          (1)
@@ -34,8 +34,8 @@ With the predicted noise eps_theta = -sqrt(1-abar_t) s_theta, and M reverse samp
     L' = E |eps_theta(s,a_t,t) - sum_k w_k eps_k|^2 + const                                         (9)
 
 since (5) is -eps_k/sqrt(1-abar_t) at a_0^k. Two more such weights are the 1/(1-abar_t) that (9) drops and, for large M,
-the denominator of (8), M times a function of (s, a_t, t) alone (for finite M a bias, of order 1/M, to equal w_k). The
-sum moves inside the square because the w_k add up to 1 and eps_theta does not depend on k: one pass serves all M.
+the denominator of (8), M times a function of (s, a_t, t) alone (for finite M a bias, of order 1/M, towards equal w_k).
+The sum moves inside the square because the w_k add up to 1 and eps_theta does not depend on k: one pass serves all M.
 
 The algorithm, with two critics Q_j, moving averages Qbar_j of them and one of the policy, T = 5, N = M = 16:
      1  repeat
@@ -66,12 +66,12 @@ Where this file differs from the paper's official code (JAX, mahaitongdae/diffus
   - lambda starts at 0.05, which makes the policy greedy enough without the best of 32 particles in the target;
   - N = 16, M = 16 and T = 5 take less arithmetic; tau = 0.01 every second update is SAC's 0.005 every update;
   - the proposal takes the buffer's actions: any proposal will do, and the policy's would have to be sampled;
-  - reverse samples lie in a box, without which Z is infinite; their weighted mean stays inside it, so to reach 1 it is
-    wider than the [-1, 1]^d to which denoising clips the a_0 that it predicts;
+  - reverse samples lie in a box, without which Z is infinite; their weighted mean stays inside it, so to reach 1
+    the box is wider than the [-1, 1]^d to which denoising clips the a_0 that it predicts;
   - denoising adds no noise: pi, clipped, is nearly a point, and the score learnt from M = 16 samples is too small, by
     its bias, to take added noise out again; the betas grow as a fourth power, so more of the T steps have little noise.
 - Actions are clipped to [-1, 1] after the exploration noise, in acting, in the target and in the policy's proposals;
-  the official code does not, and MuJoCo's tasks clip what drives the motors, but not their cost of control.
+  the official code does not, and MuJoCo's tasks then clip the motors' input, but not the action in the control cost.
 - As there: best-of-N in line 2, which the paper's first version leaves out; denoising from N(0, 0.5^2 I), not N(0, I).
 - `--soft-critic` adds lambda times the entropy of the exploration noise to the target, which the official code leaves
   out: on average the same number at every state, so a bonus or penalty per step of staying alive.
