@@ -97,6 +97,8 @@ PROFILES = {
             "sdac-power4-bound2-noise05": "--beta-power 4 --reverse-bound 2 --denoising-noise 0.5",
             "sdac-power4-clipped": "--beta-power 4 --no-bounded-reverse-sampling",
             "sdac-target8-hot": "--target-particles 8 --temperature 1",
+            "sdac-power2-T10-M8": "--beta-power 2 --reverse-bound 2 --denoising-noise 0 --diffusion-steps 10"
+            " --num-reverse-samples 8 --num-particles 8",
         },
     },
     # What limits a run's end: seed 1 of sdac-T5 above, continued with late.py (not by this script) with one change.
