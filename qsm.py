@@ -27,7 +27,7 @@ The algorithm:
      7      policy: t uniform, a_t by (1), one step of Adam on J_pi, the gradient of Q held fixed
 
 The known weakness: (4) takes ∇_a Q at the *noised* action, which may lie outside the box, where Q is not trained; and
-the score of exp(Q) noised is in general no multiple of it. For a concave quadratic Q that score is affine in a_t, as
+the score of noised exp(Q) is in general no multiple of it. For a concave quadratic Q that score is affine in a_t, as
 M_q ∇_a Q / sqrt(1-abar_t) is, but their slopes depend on t in different ways, and their zeros differ unless Q is
 largest at 0. Reverse sampling score matching (sdac.py) has no such bias and needs no gradient of Q.
 
@@ -106,7 +106,7 @@ class Args:
     tau: Fraction = 0.005  # step size of the target critics' moving average
     q_lr: Fraction = 3e-4  # learning rate of the critics
     policy_lr: Fraction = 3e-4  # initial learning rate of the policy; half-cosine decay to 0
-    policy_lr_steps: Count = 2_000_000  # policy updates until it is 0
+    policy_lr_steps: Count = 2_000_000  # policy updates until it is 0, about twice those of the default run
     q_gradient_scale: NotNegative = 50.0  # M_q; the authors' 50; 5 learned faster on HalfCheetah-v4
     exploration_noise: NotNegative = 0.1  # standard deviation of the noise on actions, in acting and in targets
     diffusion_steps: Annotated[int, Field(ge=2, le=1000)] = 5  # denoising steps T

@@ -6,7 +6,7 @@ The policy is a diffusion model whose score is trained by Reverse Sampling Score
 values of Q: neither samples of the desired policy nor gradients of Q.
 
 The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s) for a in the box [-2, 2]^d, with Q evaluated at a clipped to
-[-1, 1]^d. The temperature lambda falls on a fixed curve (line 11). Noising a_0 to a_t, t = 1..T, with abar_t falling:
+[-1, 1]^d. The temperature lambda falls on a fixed curve. Noising a_0 to a_t, t = 1..T, with abar_t falling:
 
     q_{t|0}(a_t|a_0) = N(a_t; sqrt(abar_t) a_0, (1-abar_t) I)               forward kernel          (1)
     p_t(a_t|s) = ∫ pi(a_0|s) q_{t|0}(a_t|a_0) da_0                          noised policy           (2)
@@ -19,23 +19,23 @@ from pi, which we do not have. Read the same Gaussian formula as a density of a_
     ∇_{a_t} log q_{t|0} = -(a_t - sqrt(abar_t) a_0)/(1-abar_t)                                      (5)
 
 qtilde is not the posterior of a_0. Draw a_t from any proposal ptilde_t(a_t|s) with full support, a_0 from qtilde, and
-weight the pair by exp(Q(s,a_0)/lambda):
+weight the pair by exp(Q(s,a_0)/lambda), or by 0 where a_0 is outside the box:
 
     L = E_{s,t} E_{a_t~ptilde_t} E_{a_0~qtilde} exp(Q(s,a_0)/lambda) |s_theta(s,a_t,t) - ∇ log q_{t|0}|^2   (6)
 
-By (4) this is denoising score matching with every (s, a_t, t) weighted by ptilde_t(a_t|s) Z(s) abar_t^{d/2} > 0 instead
-of 1. A positive weight that does not depend on a_0 leaves the minimiser s_theta = ∇ log p_t(.|s) unchanged, since
-s_theta can be chosen independently at each (s, a_t, t): any proposal will do. Outside the box pi is zero, so only a_0
-inside count: qtilde is truncated to the box, which multiplies the weight by another positive function of a_t and t.
-With the predicted noise eps_theta = -sqrt(1-abar_t) s_theta, and M reverse samples for each (s, a_t),
+This weight is Z(s) pi(a_0|s), so by (4) L is denoising score matching with every (s, a_t, t) weighted by
+ptilde_t(a_t|s) Z(s) abar_t^{d/2} > 0 instead of 1. A positive weight that does not depend on a_0 leaves the minimiser
+s_theta = ∇ log p_t(.|s) unchanged, since s_theta can be chosen independently at each (s, a_t, t): any proposal will
+do. Truncating qtilde to the box does what the weight 0 does, up to another such weight, a function of a_t and t. With
+the predicted noise eps_theta = -sqrt(1-abar_t) s_theta, and M reverse samples for each (s, a_t),
 
     a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k,   eps_k ~ N(0, I) with a_0^k in the box    (7)
     w_k = softmax_k(Q(s,a_0^k)/lambda)                                                              (8)
-    L' = E |eps_theta(s,a_t,t) - sum_k w_k eps_k|^2 + const                                         (9)
+    L' = E sum_k w_k |eps_theta(s,a_t,t) - eps_k|^2 = E |eps_theta(s,a_t,t) - sum_k w_k eps_k|^2 + const     (9)
 
-since (5) is -eps_k/sqrt(1-abar_t) at a_0^k. Two more such weights are the 1/(1-abar_t) that (9) drops and, for large M,
-the denominator of (8), M times a function of (s, a_t, t) alone (for finite M a bias, of order 1/M, towards equal w_k).
-The sum moves inside the square because the w_k add up to 1 and eps_theta does not depend on k: one pass serves all M.
+since (5) is -eps_k/sqrt(1-abar_t) at a_0^k, and the w_k add up to 1: one pass of eps_theta serves all M. Two more such
+weights are the 1/(1-abar_t) that (9) drops and, for large M, the denominator of (8), M times a function of (s, a_t, t)
+alone. For finite M it biases (9) towards equal w_k, by the order of 1/M once many of the w_k count.
 
 The algorithm, with two critics Q_j, moving averages Qbar_j of them and one of the policy, T = 5, N = M = 16:
      1  repeat
@@ -72,7 +72,8 @@ Where this file differs from the paper's official code (JAX, mahaitongdae/diffus
     its bias, to take added noise out again; the betas grow as a fourth power, so more of the T steps have little noise.
 - Actions are clipped to [-1, 1] after the exploration noise, in acting, in the target and in the policy's proposals;
   the official code does not, and MuJoCo's tasks then clip the motors' input, but not the action in the control cost.
-- As there: best-of-N in line 2, which the paper's first version leaves out; denoising from N(0, 0.5^2 I), not N(0, I).
+- As there: best-of-N in line 2, which the paper's first version leaves out; the averaged policy acts, and the online
+  one makes the targets; denoising from N(0, 0.5^2 I), not N(0, I).
 - `--soft-critic` adds lambda times the entropy of the exploration noise to the target, which the official code leaves
   out: on average the same number at every state, so a bonus or penalty per step of staying alive.
 """
@@ -178,8 +179,8 @@ def normal_cdf(x: Tensor) -> Tensor:
 class Schedule(nn.Module):
     """Noise schedule; t = 0..T-1 in the code are steps 1..T of the equations; a_0 has no noise in both. beta_t grows
     from 8e-5 to 0.7992 as a power of a linear function; abar_t is the product of 1 - beta_0 to 1 - beta_t. The tables
-    (T,) are made in float64: 1 - abar_0 would lose half its digits in float32. DDPM's posterior, at one step of noise
-    less than a_t, is N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2 I); for t = 0 it is the point a_0."""
+    (T,) are made in float64: 1 - abar_0 would lose half its digits in float32. DDPM's posterior of a_{t-1}, given a_t
+    and a_0, is N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2 I); for t = 0 it is the point a_0."""
 
     start_std = 0.5  # of the Gaussian noise that denoising starts from, as in the official code; in DDPM 1
 

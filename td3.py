@@ -27,8 +27,8 @@ Usage:
     python td3.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
 Departures from the paper, whose values are in brackets: learning rates of 3e-4 (1e-3), batches of 256 (100), two
-hidden layers of 256 (400 and 300); and 25,000 random steps. As in the authors' code, a' is clipped to [-1, 1]. The
-policy is trained in updates 1, 3, 5, ..., where theirs is trained in 2, 4, 6, ...
+hidden layers of 256 (400 and 300) and 25,000 random steps (10,000 or 1,000), as in the authors' later code, which also
+clips a' to [-1, 1]. The policy is trained in updates 1, 3, 5, ..., where theirs is trained in 2, 4, 6, ...
 """
 
 # /// script
