@@ -73,7 +73,7 @@ Where this file differs from the paper's official code (JAX, mahaitongdae/diffus
 - Actions are clipped to [-1, 1] after the exploration noise, in acting, in the target and in the policy's proposals;
   the official code does not, and MuJoCo's tasks then clip the motors' input, but not the action in the control cost.
 - As there: best-of-N in line 2, which the paper's first version leaves out; the averaged policy acts, and the online
-  one makes the targets; denoising from N(0, 0.5^2 I), not N(0, I).
+  one takes the action in the targets; denoising from N(0, 0.5^2 I), not N(0, I).
 - `--soft-critic` adds lambda times the entropy of the exploration noise to the target, which the official code leaves
   out: on average the same number at every state, so a bonus or penalty per step of staying alive.
 """
