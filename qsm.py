@@ -5,13 +5,16 @@ Psenka, Escontrela, Abbeel, Ma: "Learning a Diffusion Model Policy from Rewards 
 arXiv 2312.11752. Nothing is differentiated through the sampling chain.
 
     a_t = sqrt(abar_t) a + sqrt(1-abar_t) eps,   a from the replay buffer, eps ~ N(0, I)                    (1)
-    y = r + gamma (1-done) min_j Qbar_j(s', a'),   a' = clip(DDPM sample + N(0, 0.1^2 I), -1, 1)            (2)
+    y = r + gamma (1-done) min_j Qbar_j(s', a'),   a' = clip(sample of (5) + N(0, 0.1^2 I), -1, 1)          (2)
     J_Q = sum_j E (Q_j(s,a) - y)^2                                                              critics     (3)
     J_pi = E |eps_theta(s,a_t,t) + M_q ∇_a Q(s,a_t)|^2,   Q the mean of both critics            policy      (4)
+    a_{t-1} = (a_t - beta_t eps_theta(s,a_t,t) / sqrt(1-abar_t)) / sqrt(1-beta_t) + sqrt(beta_t) z          (5)
 
-with target critics Qbar and t = 0..T-1, so that a_0 is noised too. The sign: a denoiser predicts the noise that was
-added, so its score is -eps_theta / sqrt(1-abar_t). The optimum of (4) is eps_theta = -M_q ∇_a Q, hence the score is
-+M_q ∇_a Q / sqrt(1-abar_t), which points uphill. (The authors' README has a minus in (4), their code has not.)
+with target critics Qbar, done = 1 where s' is terminal, and t = 0..T-1, so that a_0 is noised too. Sampling starts from
+N(0, I) at t = T-1; every step (5) has z ~ N(0, I) and is clipped to [-1, 1], but at t = 0 z is 0, and the result is the
+action. The sign: a denoiser predicts the noise that was added, so its score is -eps_theta / sqrt(1-abar_t). The optimum
+of (4) is eps_theta = -M_q ∇_a Q, hence the score is +M_q ∇_a Q / sqrt(1-abar_t), which points uphill. (The authors'
+README has a minus in (4), their code has not.)
 
 M_q trades off exploration and exploitation: a score c ∇Q belongs to the density exp(c Q), so M_q / sqrt(1-abar_t)
 acts as an inverse temperature. But every step scales a_t up and adds a multiple of M_q ∇_a Q; for T = 5 the last one,
@@ -21,15 +24,15 @@ The algorithm:
      1  repeat
      2      act: a as a' in (2), at first uniformly random and without lines 4 to 7; the environment returns r, s', done
      3      store (s, a, s', r, done) in the replay buffer, and draw a batch from it
-     4      next actions: a' by (2), denoised from N(0, I) in T steps
+     4      next actions: a' by (2), sampled by (5)
      5      critics: one step of Adam on J_Q, with y by (2)
      6      target critics: Qbar <- (1-tau) Qbar + tau Q
      7      policy: t uniform, a_t by (1), one step of Adam on J_pi, the gradient of Q held fixed
 
 The known weakness: (4) takes ∇_a Q at the *noised* action, which may lie outside the box, where Q is not trained; and
-the score of noised exp(Q) is in general no multiple of it. For a concave quadratic Q that score is affine in a_t, as
-M_q ∇_a Q / sqrt(1-abar_t) is, but their slopes depend on t in different ways, and their zeros differ unless Q is
-largest at 0. Reverse sampling score matching (sdac.py) has no such bias and needs no gradient of Q.
+the score of exp(Q), noised by (1), is in general no multiple of that gradient. For a concave quadratic Q that score is
+affine in a_t, as M_q ∇_a Q / sqrt(1-abar_t) is, but their slopes depend on t in different ways, and their zeros
+differ unless Q is largest at 0. Reverse sampling score matching (sdac.py) has no such bias and needs no gradient of Q.
 
 Usage:
     python qsm.py --env-id HalfCheetah-v4 --q-gradient-scale 5
@@ -99,14 +102,14 @@ class Args:
     wandb_project_name: str = "diffusion-policy-online-rl"  # W&B project
     wandb_entity: str | None = None  # W&B team or user
     resume: str | None = None  # run folder to resume; arguments default to its own, but not --track and --wandb-entity
-    evaluate: str | None = None  # run folder whose policy plays `--eval-episodes` episodes, instead of training
+    evaluate: str | None = None  # run folder whose policy plays `--eval-episodes` episodes; arguments as for --resume
 
     # Algorithm specific arguments
     gamma: Fraction = 0.99  # discount factor
     tau: Fraction = 0.005  # step size of the target critics' moving average
     q_lr: Fraction = 3e-4  # learning rate of the critics
     policy_lr: Fraction = 3e-4  # initial learning rate of the policy; half-cosine decay to 0
-    policy_lr_steps: Count = 2_000_000  # policy updates until it is 0, about twice those of the default run
+    policy_lr_steps: Count = 2_000_000  # policy updates until policy_lr is 0, about twice those of the default run
     q_gradient_scale: NotNegative = 50.0  # M_q; the authors' 50; 5 learned faster on HalfCheetah-v4
     exploration_noise: NotNegative = 0.1  # standard deviation of the noise on actions, in acting and in targets
     diffusion_steps: Annotated[int, Field(ge=2, le=1000)] = 5  # denoising steps T
@@ -119,9 +122,8 @@ class Args:
 class Schedule(nn.Module):
     """Variance-preserving noise schedule; the paper's steps 1..T are t = 0..T-1 here.
 
-    alpha_t = exp(-b_min/T - (b_max - b_min) (2t+1) / (2 T^2)) with b_min = 0.1, b_max = 10, and abar_t is the product
-    of all alpha up to t. The tables (T,) are computed in float64. A step of the sampler is
-    a_{t-1} = scale_t (a_t - eps_factor_t eps_theta) + std_t z, with z ~ N(0, I) and no noise at t = 0.
+    alpha_t = exp(-b_min/T - (b_max - b_min) (2t+1) / (2 T^2)) with b_min = 0.1, b_max = 10, beta_t = 1 - alpha_t, and
+    abar_t is the product of all alpha up to t. The tables (T,) are computed in float64.
     """
 
     def __init__(self, steps: int, b_min: float = 0.1, b_max: float = 10.0):
@@ -214,8 +216,7 @@ class Policy(nn.Module):
 
 @torch.compile(dynamic=False, mode="reduce-overhead")
 def denoise(policy: Policy, schedule: Schedule, observations: Tensor, a_t: Tensor, z: Tensor) -> Tensor:
-    """Actions (B, d) by DDPM from a_t (B, d) for observations (B, o), with z (T, B, d) ~ N(0, I); each step is clipped
-    to [-1, 1]."""
+    """Actions (B, d) by (5) from a_t (B, d) for observations (B, o), with z (T, B, d) ~ N(0, I)."""
     state, times = policy.state_layer(observations), policy.time_share(torch.arange(len(z), device=z.device))
     for t in reversed(range(len(z))):
         predicted_eps = policy.trunk(state + policy.action_layer(a_t) + times[t])
@@ -235,7 +236,7 @@ class Batch(NamedTuple):  # of B transitions
     dones: Tensor  # (B,), 1 where the episode terminated; truncation does not count
 
 
-@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs; makes SAC and TD3 on CPUs 1.4 to 1.6 times as fast
+@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs on GPUs; on CPUs SAC and TD3 gain 1.4 to 1.6 times
 def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """For a loss that returns its value and metrics: the value's gradients, and the metrics. Unlike `backward`, this
     lets torch.compile capture forward and backward in one graph, given `trace_autograd_ops`, set in `compile_ahead`.
@@ -289,7 +290,7 @@ class QSM(nn.Module):
         return actions
 
     def critic_loss(self, batch: Batch, next_actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Equation (3): squared errors against the values of the policy's next actions (B, d), equation (2)."""
+        """Equation (3): squared errors against the target values, equation (2), for the next actions a' (B, d)."""
         with torch.no_grad():
             next_q = self.target_critics(batch.next_observations, next_actions).amin(0)
             y = batch.rewards + self.args.gamma * (1 - batch.dones) * next_q
@@ -324,7 +325,7 @@ class QSM(nn.Module):
 #     Agent(obs_dim, action_dim, args)    an nn.Module; its state_dict is what the run folder keeps of it
 #     .act(observations, explore)         actions (B, d) in [-1, 1] for observations (B, o), with or without exploration
 #     .update(batch)                      one update from a `Batch`; returns metrics to log, {name: tensor ()}
-#     .updates, .optimizers               the number of updates, counted by `update`, and a list; checkpoints keep both
+#     .updates, .optimizers               the number of updates made, and the list of optimizers; checkpoints keep both
 
 
 class ReplayBuffer:
@@ -426,7 +427,7 @@ def write(path: Path, content: dict | str) -> None:
 
 
 def save(folder: Path, agent: nn.Module, buffer: ReplayBuffer, step: int, seconds: float, evaluations: list) -> None:
-    """Write policy.pt, all networks, and checkpoint.pt; where a parameter is not finite, the last good ones stay."""
+    """Write policy.pt (all networks) and checkpoint.pt; if a parameter is not finite, exit and keep the old files."""
     check_finite(f"step {step}", dict(agent.named_parameters()))
     checkpoint = {"step": step, "seconds": seconds, "evaluations": evaluations, "updates": agent.updates}
     checkpoint |= {"agent": agent.state_dict(), "buffer": buffer.state_dict()}
@@ -548,7 +549,7 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                 if step >= args.total_timesteps:
                     break
 
-                # Act
+                # Act, line 2 of the algorithm
                 if step < args.learning_starts:
                     actions = 2 * torch.rand(args.num_envs, action_dim).numpy() - 1
                 else:
@@ -565,12 +566,12 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                     writer.add_scalar("charts/episodic_return", infos["statistics"]["r"][i], step)
                     writer.add_scalar("charts/episodic_length", infos["statistics"]["l"][i], step)
 
-                # Remember
+                # Store, line 3
                 check_finite(f"step {step}", {"next_observation": next_observations, "reward": rewards})
                 buffer.add(observations, actions, next_observations, rewards, terminations)
                 observations = new_observations
 
-                # Learn
+                # Learn: draw a batch, line 3, and update, from line 4 on
                 if agent.updates == 0 and step > args.learning_starts:  # the time left is counted from here on
                     bar.initial, bar.start_t, bar.last_print_t = step, time.time(), time.time()
                 for _ in range(args.updates_per_step if step > args.learning_starts else 0):

@@ -2,8 +2,9 @@
 """Soft Actor-Critic (SAC): maximum-entropy reinforcement learning with a tanh-Gaussian policy.
 
 Haarnoja et al.: "Soft Actor-Critic Algorithms and Applications", 2018, arXiv 1812.05905. The policy maximises return
-plus alpha times its entropy, two critics Q_1, Q_2 learn the soft value of its actions, and the temperature alpha is
-tuned so that the entropy stays at its target Hbar = -d, for d action dimensions. Qbar_j is a moving average of Q_j.
+plus alpha times its entropy, two critics Q_1, Q_2 learn the soft value of its actions, which counts the later entropy
+too, and the temperature alpha is tuned so that the entropy stays at its target Hbar = -d, for d action dimensions.
+Qbar_j is a moving average of Q_j; done is 1 where s' is terminal, else 0.
 
     a = tanh(u),  u = mu(s) + sigma(s) eps,  eps ~ N(0, I)                                      policy      (1)
     log pi(a|s) = log N(u; mu, diag(sigma^2)) - sum_i log(1 - tanh(u_i)^2)                                  (2)
@@ -88,7 +89,7 @@ class Args:
     wandb_project_name: str = "diffusion-policy-online-rl"  # W&B project
     wandb_entity: str | None = None  # W&B team or user
     resume: str | None = None  # run folder to resume; arguments default to its own, but not --track and --wandb-entity
-    evaluate: str | None = None  # run folder whose policy plays `--eval-episodes` episodes, instead of training
+    evaluate: str | None = None  # run folder whose policy plays `--eval-episodes` episodes; arguments as for --resume
 
     # Algorithm specific arguments
     gamma: Fraction = 0.99  # discount factor
@@ -159,7 +160,7 @@ class Batch(NamedTuple):  # of B transitions
     dones: Tensor  # (B,), 1 where the episode terminated; truncation does not count
 
 
-@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs; makes SAC and TD3 on CPUs 1.4 to 1.6 times as fast
+@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs on GPUs; on CPUs SAC and TD3 gain 1.4 to 1.6 times
 def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """For a loss that returns its value and metrics: the value's gradients, and the metrics. Unlike `backward`, this
     lets torch.compile capture forward and backward in one graph, given `trace_autograd_ops`, set in `compile_ahead`.
@@ -210,7 +211,7 @@ class SAC(nn.Module):
         return torch.tanh(mean + log_std.exp() * torch.randn_like(mean) if explore else mean)
 
     def critic_loss(self, batch: Batch, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Equation (5): squared errors against the soft value of the next state, equation (4)."""
+        """Equation (5): squared errors against the target values, equation (4), with eps (B, d) ~ N(0, I)."""
         with torch.no_grad():
             next_actions, next_log_prob = self.policy.sample(batch.next_observations, eps)
             next_q = self.target_critics(batch.next_observations, next_actions).amin(0)
@@ -222,7 +223,7 @@ class SAC(nn.Module):
         return qf1_loss + qf2_loss, metrics
 
     def policy_loss(self, batch: Batch, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Equation (6): entropy and value of the policy's own actions."""
+        """Equation (6): minus the value of the policy's own actions and alpha times their entropy."""
         actions, log_prob = self.policy.sample(batch.observations, eps)
         q = self.critics(batch.observations, actions).amin(0)
         loss = (self.log_alpha.exp() * log_prob - q).mean()
@@ -249,7 +250,7 @@ class SAC(nn.Module):
 #     Agent(obs_dim, action_dim, args)    an nn.Module; its state_dict is what the run folder keeps of it
 #     .act(observations, explore)         actions (B, d) in [-1, 1] for observations (B, o), with or without exploration
 #     .update(batch)                      one update from a `Batch`; returns metrics to log, {name: tensor ()}
-#     .updates, .optimizers               the number of updates, counted by `update`, and a list; checkpoints keep both
+#     .updates, .optimizers               the number of updates made, and the list of optimizers; checkpoints keep both
 
 
 class ReplayBuffer:
@@ -351,7 +352,7 @@ def write(path: Path, content: dict | str) -> None:
 
 
 def save(folder: Path, agent: nn.Module, buffer: ReplayBuffer, step: int, seconds: float, evaluations: list) -> None:
-    """Write policy.pt, all networks, and checkpoint.pt; where a parameter is not finite, the last good ones stay."""
+    """Write policy.pt (all networks) and checkpoint.pt; if a parameter is not finite, exit and keep the old files."""
     check_finite(f"step {step}", dict(agent.named_parameters()))
     checkpoint = {"step": step, "seconds": seconds, "evaluations": evaluations, "updates": agent.updates}
     checkpoint |= {"agent": agent.state_dict(), "buffer": buffer.state_dict()}
@@ -473,7 +474,7 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                 if step >= args.total_timesteps:
                     break
 
-                # Act
+                # Act, line 2 of the algorithm
                 if step < args.learning_starts:
                     actions = 2 * torch.rand(args.num_envs, action_dim).numpy() - 1
                 else:
@@ -490,12 +491,12 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                     writer.add_scalar("charts/episodic_return", infos["statistics"]["r"][i], step)
                     writer.add_scalar("charts/episodic_length", infos["statistics"]["l"][i], step)
 
-                # Remember
+                # Store, line 3
                 check_finite(f"step {step}", {"next_observation": next_observations, "reward": rewards})
                 buffer.add(observations, actions, next_observations, rewards, terminations)
                 observations = new_observations
 
-                # Learn
+                # Learn: draw a batch, line 3, and update, from line 4 on
                 if agent.updates == 0 and step > args.learning_starts:  # the time left is counted from here on
                     bar.initial, bar.start_t, bar.last_print_t = step, time.time(), time.time()
                 for _ in range(args.updates_per_step if step > args.learning_starts else 0):

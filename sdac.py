@@ -6,7 +6,8 @@ The policy is a diffusion model whose score is trained by Reverse Sampling Score
 values of Q: neither samples of the desired policy nor gradients of Q.
 
 The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s) for a in the box [-2, 2]^d, with Q evaluated at a clipped to
-[-1, 1]^d. The temperature lambda falls on a fixed curve. Noising a_0 to a_t, t = 1..T, with abar_t falling:
+[-1, 1]^d. Without a box Z would be infinite; it is wider than the actions' [-1, 1]^d so that a weighted mean of samples
+inside it can reach 1. The temperature lambda falls on a fixed curve. Noising a_0 to a_t, t = 1..T, with abar_t falling:
 
     q_{t|0}(a_t|a_0) = N(a_t; sqrt(abar_t) a_0, (1-abar_t) I)               forward kernel          (1)
     p_t(a_t|s) = ∫ pi(a_0|s) q_{t|0}(a_t|a_0) da_0                          noised policy           (2)
@@ -26,16 +27,16 @@ weight the pair by exp(Q(s,a_0)/lambda), or by 0 where a_0 is outside the box:
 This weight is Z(s) pi(a_0|s), so by (4) L is denoising score matching with every (s, a_t, t) weighted by
 ptilde_t(a_t|s) Z(s) abar_t^{d/2} > 0 instead of 1. A positive weight that does not depend on a_0 leaves the minimiser
 s_theta = ∇ log p_t(.|s) unchanged, since s_theta can be chosen independently at each (s, a_t, t): any proposal will
-do. Truncating qtilde to the box does what the weight 0 does, up to another such weight, a function of a_t and t. With
-the predicted noise eps_theta = -sqrt(1-abar_t) s_theta, and M reverse samples for each (s, a_t),
+do. Drawing a_0 from qtilde truncated to the box replaces the weight 0, but for one more such weight: 1 over qtilde's
+probability of the box. With the predicted noise eps_theta = -sqrt(1-abar_t) s_theta, and M reverse samples a_0^k,
 
     a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k,   eps_k ~ N(0, I) with a_0^k in the box    (7)
     w_k = softmax_k(Q(s,a_0^k)/lambda)                                                              (8)
     L' = E sum_k w_k |eps_theta(s,a_t,t) - eps_k|^2 = E |eps_theta(s,a_t,t) - sum_k w_k eps_k|^2 + const     (9)
 
-since (5) is -eps_k/sqrt(1-abar_t) at a_0^k, and the w_k add up to 1: one pass of eps_theta serves all M. Two more such
-weights are the 1/(1-abar_t) that (9) drops and, for large M, the denominator of (8), M times a function of (s, a_t, t)
-alone. For finite M it biases (9) towards equal w_k, by the order of 1/M once many of the w_k count.
+since (5) is -eps_k/sqrt(1-abar_t) at a_0^k, and the w_k add up to 1: one pass of eps_theta serves all M. The factor
+1/(1-abar_t) that (9) drops is a weight without a_0 too, and so is, for large M, the denominator of (8): M times a
+function of (s, a_t, t). For finite M it biases (9) towards equal w_k: by the order of 1/M where many count, else more.
 
 The algorithm, with two critics Q_j, moving averages Qbar_j of them and one of the policy, T = 5, N = M = 16:
      1  repeat
@@ -60,16 +61,15 @@ Usage:
     python sdac.py --evaluate runs/RUN_FOLDER --eval-episodes 10
 
 Where this file differs from the paper's official code (JAX, mahaitongdae/diffusion_policy_online_rl at a50cf41):
-- The official defaults are `--temperature 1 --target-particles 32 --num-particles 32 --num-reverse-samples 64
-  --proposal policy --no-bounded-reverse-sampling --diffusion-steps 20 --beta-power 1 --denoising-noise 1 --tau 0.005`,
-  which take 30 to 37 times the arithmetic. Here:
+- In flags, the official defaults are `--temperature 1 --target-particles 32 --num-particles 32
+  --num-reverse-samples 64 --proposal policy --no-bounded-reverse-sampling --diffusion-steps 20 --beta-power 1
+  --denoising-noise 1 --tau 0.005`, which take 30 to 37 times the arithmetic. Here:
   - lambda starts at 0.05, which makes the policy greedy enough without the best of 32 particles in the target;
-  - N = 16, M = 16 and T = 5 take less arithmetic; tau = 0.01 every second update is SAC's 0.005 every update;
+  - N = 16, M = 16 and T = 5 take less arithmetic; the betas grow as a fourth power, so more levels have little noise;
   - the proposal takes the buffer's actions: any proposal will do, and the policy's would have to be sampled;
-  - reverse samples lie in a box, without which Z is infinite; their weighted mean stays inside it, so to reach 1
-    the box is wider than the [-1, 1]^d to which denoising clips the a_0 that it predicts;
-  - denoising adds no noise: pi, clipped, is nearly a point, and the score learnt from M = 16 samples is too small, by
-    its bias, to take added noise out again; the betas grow as a fourth power, so more of the T steps have little noise.
+  - reverse samples lie in the box, officially anywhere; tau = 0.01 every second update is SAC's 0.005 every update;
+  - denoising adds no noise: the steps after it would have to take it out again, for which the score learnt from M = 16
+    samples is too small, by its bias; and pi, clipped, is nearly a point, so that little spread is lost.
 - Actions are clipped to [-1, 1] after the exploration noise, in acting, in the target and in the policy's proposals;
   the official code does not, and MuJoCo's tasks then clip the motors' input, but not the action in the control cost.
 - As there: best-of-N in line 2, which the paper's first version leaves out; the averaged policy acts, and the online
@@ -137,7 +137,7 @@ class Args:
     wandb_project_name: str = "diffusion-policy-online-rl"  # W&B project
     wandb_entity: str | None = None  # W&B team or user
     resume: str | None = None  # run folder to resume; arguments default to its own, but not --track and --wandb-entity
-    evaluate: str | None = None  # run folder whose policy plays `--eval-episodes` episodes, instead of training
+    evaluate: str | None = None  # run folder whose policy plays `--eval-episodes` episodes; arguments as for --resume
 
     # Algorithm specific arguments
     gamma: Fraction = 0.99  # discount factor
@@ -153,11 +153,11 @@ class Args:
     diffusion_steps: Annotated[int, Field(ge=2, le=200)] = 5  # denoising steps T
     beta_power: Annotated[float, Field(ge=1, le=10)] = 4.0  # the betas grow as this power of a linear function of t
     denoising_noise: Fraction = 0.0  # factor on the noise that denoising adds after each step
-    num_particles: Count = 16  # N: actions denoised per state, of which the best by min(Q1, Q2) is played or proposed
+    num_particles: Count = 16  # N: actions denoised per state, of which the best by min(Q1, Q2) is played
     target_particles: Count = 1  # the same for the actions in the critics' target
     bfloat16_sampling: bool = False  # denoise in bfloat16: native on GPUs and where `lscpu` has avx512_bf16 or amx_bf16
     num_reverse_samples: Count = 16  # M: reverse samples per noised action
-    proposal: Literal["policy", "replay"] = "replay"  # whose actions are noised to a_t: the policy's, or the buffer's
+    proposal: Literal["policy", "replay"] = "replay"  # noise actions of the policy, best of N, or the buffer's
     bounded_reverse_sampling: bool = True  # draw reverse samples inside a box, besides clipping them for Q
     reverse_bound: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0  # half the width of that box
     soft_critic: bool = False  # add lambda times the entropy of the exploration noise to the critics' target
@@ -177,10 +177,10 @@ def normal_cdf(x: Tensor) -> Tensor:
 
 
 class Schedule(nn.Module):
-    """Noise schedule; t = 0..T-1 in the code are steps 1..T of the equations; a_0 has no noise in both. beta_t grows
-    from 8e-5 to 0.7992 as a power of a linear function; abar_t is the product of 1 - beta_0 to 1 - beta_t. The tables
-    (T,) are made in float64: 1 - abar_0 would lose half its digits in float32. DDPM's posterior of a_{t-1}, given a_t
-    and a_0, is N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2 I); for t = 0 it is the point a_0."""
+    """Noise schedule. t counts from 0 in the code, from 1 in the equations; a_0 has no noise in both. beta_t grows from
+    8e-5 to 0.7992 as a power of a linear function; abar_t is the product of 1 - beta_0 to 1 - beta_t. The tables (T,)
+    are made in float64: 1 - abar_0 would lose half its digits in float32. From a_t and a_0, DDPM's posterior of the
+    action one level below is N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2 I); for t = 0 it is a_0."""
 
     start_std = 0.5  # of the Gaussian noise that denoising starts from, as in the official code; in DDPM 1
 
@@ -213,8 +213,8 @@ class Schedule(nn.Module):
         normal truncated to [low, high], drawn by inversion, eps = Phi^-1(Phi(low) + u (Phi(high) - Phi(low)))."""
         mean, std = (a_t / self.sqrt_abar[t, None])[:, None], self.reverse_std[t, None, None]
         low, high = (mean - bound) / std, (mean + bound) / std  # where a_0 is bound and -bound
-        below, above = normal_cdf(low), normal_cdf(-high)  # each from its accurate tail
-        inside = torch.where(low > 0, normal_cdf(-low) - above, normal_cdf(high) - below)
+        below, above = normal_cdf(low), normal_cdf(-high)  # each from the tail that keeps its digits
+        inside = torch.where(low > 0, normal_cdf(-low) - above, normal_cdf(high) - below)  # likewise
         left, right = below + u * inside, above + (1 - u) * inside  # probability left and right of eps, together 1
         eps = torch.special.ndtri(torch.minimum(left, right).clamp(min=torch.finfo(u.dtype).tiny))  # 0 would give -inf
         return torch.where(left < right, eps, -eps).clamp(low, high)
@@ -224,7 +224,7 @@ class Schedule(nn.Module):
 
 
 class Mish(nn.Module):
-    """x tanh(log(1 + e^x)) = x n/(n+2) = x - x/(n/2+1) with n = e^x (e^x + 2), instead of nn.Mish: 1.6 times."""
+    """x tanh(log(1 + e^x)) = x - x/(e (e/2 + 1) + 1) with e = exp(x), instead of nn.Mish: 1.6 times."""
 
     def forward(self, x: Tensor) -> Tensor:
         # Where exp overflows, the fraction is rightly 0 but its gradient NaN; above 20 it is lost in rounding anyway.
@@ -310,8 +310,8 @@ class Policy(nn.Module):
 
 @compiled
 def denoise(policy: Policy, schedule: Schedule, observations: Tensor, a_t: Tensor, z: Tensor) -> Tensor:
-    """The DDPM sampler: N particles (B, N, d) for each of the observations (B, o), from noise a_t (B, N, d). Each step
-    predicts a_0, clips it to [-1, 1]^d and goes to the posterior's mean plus its std times z[t], z (T, B, N, d)."""
+    """N particles (B, N, d) for observations (B, o), from noise a_t (B, N, d). Each step predicts a_0, clips it and
+    goes to the mean of DDPM's posterior (see Schedule) plus its std times z[t]; z (T, B, N, d), by default 0."""
     state, times = policy.state_layer(observations)[:, None], policy.time_share(torch.arange(len(z), device=z.device))
     for t in reversed(range(len(z))):
         predicted_eps = policy.trunk(policy.action_layer(a_t) + (state + times[t]))
@@ -337,7 +337,7 @@ class Batch(NamedTuple):  # of B transitions
     dones: Tensor  # (B,), 1 where the episode terminated; truncation does not count
 
 
-@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs; makes SAC and TD3 on CPUs 1.4 to 1.6 times as fast
+@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs on GPUs; on CPUs SAC and TD3 gain 1.4 to 1.6 times
 def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """For a loss that returns its value and metrics: the value's gradients, and the metrics. Unlike `backward`, this
     lets torch.compile capture forward and backward in one graph, given `trace_autograd_ops`, set in `compile_ahead`.
@@ -375,8 +375,8 @@ class SDAC(nn.Module):
         self.schedule = Schedule(args.diffusion_steps, args.beta_power)
         self.policy = Policy(obs_dim, action_dim, args.hidden_size)
         self.critics = Critics(obs_dim, action_dim, args.hidden_size)
-        self.ema_policy = copy.deepcopy(self.policy).requires_grad_(False)
-        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        self.ema_policy = copy.deepcopy(self.policy).requires_grad_(False)  # the averaged policy, which acts
+        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)  # Qbar
         self.log_lambda = nn.Parameter(torch.tensor(math.log(args.temperature)))
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), args.policy_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), args.q_lr, fused=True)
@@ -398,7 +398,7 @@ class SDAC(nn.Module):
         return self.perturbed(actions, torch.randn_like(actions)) if explore else actions
 
     def best_of_n(self, policy: Policy, observations: Tensor, n: int) -> Tensor:
-        """Of n samples of the policy for each state, the one with the largest online min(Q1, Q2), (B, d)."""
+        """Of n particles of the policy for each state, the one with the largest online min(Q1, Q2), (B, d)."""
         particles = []
         for chunk in observations.split(states_per_chunk(n, observations.device)):
             start = self.schedule.start_std * torch.randn(len(chunk), n, self.action_dim, device=chunk.device)
@@ -445,7 +445,7 @@ class SDAC(nn.Module):
 
     @torch.no_grad()
     def reverse_sampling(self, batch: Batch, a_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """sum_k w_k eps_k of (9), (B, d), and the effective sample size (harmonic mean over B), from 1 to M."""
+        """sum_k w_k eps_k of (9), (B, d), and the effective sample size 1/sum_k w_k^2 (harmonic mean over B)."""
         shape = (len(a_t), self.args.num_reverse_samples, self.action_dim)
         if self.args.bounded_reverse_sampling:
             eps = self.schedule.bounded_noise(a_t, t, torch.rand(shape, device=a_t.device), self.args.reverse_bound)
@@ -473,7 +473,7 @@ class SDAC(nn.Module):
         return loss, {"lambda": self.temperature}
 
     def policy_lr(self) -> float:
-        """Linear decay over the policy's own steps."""
+        """The current one: linear decay over the policy's own steps."""
         begin, end = self.args.policy_lr_decay_begin, self.args.policy_lr_decay_end
         progress = (self.updates // self.args.policy_frequency - begin) / max(end - begin, 1)
         return self.args.policy_lr + min(max(progress, 0), 1) * (self.args.policy_lr_end - self.args.policy_lr)
@@ -503,7 +503,7 @@ class SDAC(nn.Module):
 #     Agent(obs_dim, action_dim, args)    an nn.Module; its state_dict is what the run folder keeps of it
 #     .act(observations, explore)         actions (B, d) in [-1, 1] for observations (B, o), with or without exploration
 #     .update(batch)                      one update from a `Batch`; returns metrics to log, {name: tensor ()}
-#     .updates, .optimizers               the number of updates, counted by `update`, and a list; checkpoints keep both
+#     .updates, .optimizers               the number of updates made, and the list of optimizers; checkpoints keep both
 
 
 class ReplayBuffer:
@@ -605,7 +605,7 @@ def write(path: Path, content: dict | str) -> None:
 
 
 def save(folder: Path, agent: nn.Module, buffer: ReplayBuffer, step: int, seconds: float, evaluations: list) -> None:
-    """Write policy.pt, all networks, and checkpoint.pt; where a parameter is not finite, the last good ones stay."""
+    """Write policy.pt (all networks) and checkpoint.pt; if a parameter is not finite, exit and keep the old files."""
     check_finite(f"step {step}", dict(agent.named_parameters()))
     checkpoint = {"step": step, "seconds": seconds, "evaluations": evaluations, "updates": agent.updates}
     checkpoint |= {"agent": agent.state_dict(), "buffer": buffer.state_dict()}
@@ -727,7 +727,7 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                 if step >= args.total_timesteps:
                     break
 
-                # Act
+                # Act, line 2 of the algorithm
                 if step < args.learning_starts:
                     actions = 2 * torch.rand(args.num_envs, action_dim).numpy() - 1
                 else:
@@ -744,12 +744,12 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                     writer.add_scalar("charts/episodic_return", infos["statistics"]["r"][i], step)
                     writer.add_scalar("charts/episodic_length", infos["statistics"]["l"][i], step)
 
-                # Remember
+                # Store, line 3
                 check_finite(f"step {step}", {"next_observation": next_observations, "reward": rewards})
                 buffer.add(observations, actions, next_observations, rewards, terminations)
                 observations = new_observations
 
-                # Learn
+                # Learn: draw a batch, line 3, and update, from line 4 on
                 if agent.updates == 0 and step > args.learning_starts:  # the time left is counted from here on
                     bar.initial, bar.start_t, bar.last_print_t = step, time.time(), time.time()
                 for _ in range(args.updates_per_step if step > args.learning_starts else 0):

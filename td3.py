@@ -4,11 +4,11 @@
 Fujimoto, van Hoof, Meger: "Addressing Function Approximation Error in Actor-Critic Methods", ICML 2018,
 arXiv 1802.09477. A deterministic policy ascends a critic; three measures limit the critic's errors: the smaller
 of two critics in the target, noise on the target's action, and a policy that is trained less often than the critics.
-A bar marks a moving average of parameters.
+A bar marks a target network, a moving average of parameters.
 
-    a = clip(pi(s) + eps, -1, 1),  eps ~ N(0, 0.1^2 I)                                          acting      (1)
-    a' = clip(pibar(s') + clip(eps, -0.5, 0.5), -1, 1),  eps ~ N(0, 0.2^2 I)                                (2)
-    y = r + gamma (1-done) min_j Qbar_j(s', a')                                                             (3)
+    a = clip(pi(s) + 0.1 eps, -1, 1),  eps ~ N(0, I)                                            acting      (1)
+    a' = clip(pibar(s') + clip(0.2 eps, -0.5, 0.5), -1, 1),  eps ~ N(0, I)                                  (2)
+    y = r + gamma (1-done) min_j Qbar_j(s', a'),  done = 1 where s' is terminal, else 0                     (3)
     J_Q = sum_j E (Q_j(s,a) - y)^2                                                              critics     (4)
     J_pi = -E Q_1(s, pi(s))                                                                     policy      (5)
 
@@ -19,7 +19,7 @@ The algorithm:
      4      critics: one step of Adam on J_Q, with y by (2) and (3)
      5      every second update
      6          policy: one step of Adam on J_pi, the critics held fixed
-     7          averages: pibar <- (1-tau) pibar + tau pi, Qbar <- (1-tau) Qbar + tau Q
+     7          target networks: pibar <- (1-tau) pibar + tau pi, Qbar <- (1-tau) Qbar + tau Q
 
 Usage:
     python td3.py --env-id HalfCheetah-v4
@@ -89,13 +89,13 @@ class Args:
     wandb_project_name: str = "diffusion-policy-online-rl"  # W&B project
     wandb_entity: str | None = None  # W&B team or user
     resume: str | None = None  # run folder to resume; arguments default to its own, but not --track and --wandb-entity
-    evaluate: str | None = None  # run folder whose policy plays `--eval-episodes` episodes, instead of training
+    evaluate: str | None = None  # run folder whose policy plays `--eval-episodes` episodes; arguments as for --resume
 
     # Algorithm specific arguments
     gamma: Fraction = 0.99  # discount factor
-    tau: Fraction = 0.005  # step size of the moving averages
+    tau: Fraction = 0.005  # step size of the target networks' moving averages
     learning_rate: Fraction = 3e-4  # learning rate of critics and policy
-    policy_frequency: Count = 2  # updates of the critics per update of the policy and the averages
+    policy_frequency: Count = 2  # updates of the critics per update of the policy and the target networks
     exploration_noise: NotNegative = 0.1  # standard deviation of the exploration noise
     policy_noise: NotNegative = 0.2  # standard deviation of the noise on the target's actions
     noise_clip: NotNegative = 0.5  # bound on the absolute value of that noise
@@ -153,7 +153,7 @@ class Batch(NamedTuple):  # of B transitions
     dones: Tensor  # (B,), 1 where the episode terminated; truncation does not count
 
 
-@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs; makes SAC and TD3 on CPUs 1.4 to 1.6 times as fast
+@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs on GPUs; on CPUs SAC and TD3 gain 1.4 to 1.6 times
 def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """For a loss that returns its value and metrics: the value's gradients, and the metrics. Unlike `backward`, this
     lets torch.compile capture forward and backward in one graph, given `trace_autograd_ops`, set in `compile_ahead`.
@@ -205,7 +205,7 @@ class TD3(nn.Module):
         return actions
 
     def critic_loss(self, batch: Batch, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Equation (4): squared errors against the target values, equations (2) and (3)."""
+        """Equation (4): squared errors against the target values, equations (2) and (3), with eps (B, d) ~ N(0, I)."""
         with torch.no_grad():
             noise = (self.args.policy_noise * eps).clamp(-self.args.noise_clip, self.args.noise_clip)
             next_actions = (self.target_policy(batch.next_observations) + noise).clamp(-1, 1)
@@ -237,7 +237,7 @@ class TD3(nn.Module):
 #     Agent(obs_dim, action_dim, args)    an nn.Module; its state_dict is what the run folder keeps of it
 #     .act(observations, explore)         actions (B, d) in [-1, 1] for observations (B, o), with or without exploration
 #     .update(batch)                      one update from a `Batch`; returns metrics to log, {name: tensor ()}
-#     .updates, .optimizers               the number of updates, counted by `update`, and a list; checkpoints keep both
+#     .updates, .optimizers               the number of updates made, and the list of optimizers; checkpoints keep both
 
 
 class ReplayBuffer:
@@ -339,7 +339,7 @@ def write(path: Path, content: dict | str) -> None:
 
 
 def save(folder: Path, agent: nn.Module, buffer: ReplayBuffer, step: int, seconds: float, evaluations: list) -> None:
-    """Write policy.pt, all networks, and checkpoint.pt; where a parameter is not finite, the last good ones stay."""
+    """Write policy.pt (all networks) and checkpoint.pt; if a parameter is not finite, exit and keep the old files."""
     check_finite(f"step {step}", dict(agent.named_parameters()))
     checkpoint = {"step": step, "seconds": seconds, "evaluations": evaluations, "updates": agent.updates}
     checkpoint |= {"agent": agent.state_dict(), "buffer": buffer.state_dict()}
@@ -461,7 +461,7 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                 if step >= args.total_timesteps:
                     break
 
-                # Act
+                # Act, line 2 of the algorithm
                 if step < args.learning_starts:
                     actions = 2 * torch.rand(args.num_envs, action_dim).numpy() - 1
                 else:
@@ -478,12 +478,12 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                     writer.add_scalar("charts/episodic_return", infos["statistics"]["r"][i], step)
                     writer.add_scalar("charts/episodic_length", infos["statistics"]["l"][i], step)
 
-                # Remember
+                # Store, line 3
                 check_finite(f"step {step}", {"next_observation": next_observations, "reward": rewards})
                 buffer.add(observations, actions, next_observations, rewards, terminations)
                 observations = new_observations
 
-                # Learn
+                # Learn: draw a batch, line 3, and update, from line 4 on
                 if agent.updates == 0 and step > args.learning_starts:  # the time left is counted from here on
                     bar.initial, bar.start_t, bar.last_print_t = step, time.time(), time.time()
                 for _ in range(args.updates_per_step if step > args.learning_starts else 0):

@@ -145,7 +145,13 @@ PROFILES = {
         "flags": f"{PROTOCOL} --eval-frequency 10000 --eval-episodes 20",
         "agents": {"sdac": "", "qsm": "", "sac": "", "td3": ""},
     },
-    # The small tasks among the paper's ten, with the defaults.
+    # What is left of the paper's ten tasks, with the defaults: two with long runs, and the small ones.
+    "rest": {
+        "tasks": ["Hopper-v4", "Swimmer-v4"],
+        "seeds": [1],
+        "flags": f"{PROTOCOL} --eval-frequency 20000 --eval-episodes 10",
+        "agents": {"sdac": "", "sac": ""},
+    },
     "small": {
         "tasks": ["InvertedPendulum-v4", "InvertedDoublePendulum-v4", "Reacher-v4", "Pusher-v5"],
         "seeds": [1],
