@@ -8,23 +8,24 @@ only the loss. All densities live on the box [-1, 1]^2, and a_t = sqrt(abar_t) a
     rssm      eps_theta(a_t, t) regresses on sum_k w_k eps_k, w = softmax(-E(a_0^k)), over reverse samples
               a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k, eps_k ~ N(0, I) given that a_0^k is in the box.
               a_t is a noised uniform point of the box: any law with full support has the same minimiser. Energies only.
-    dsm       denoising score matching: eps_theta regresses on the eps that noised a *true sample* of pi: a reference.
+    dsm       denoising score matching: eps_theta regresses on the eps that noised a *true sample* of pi. No bound:
+              it makes as many steps as rssm, but on one eps for each a_t instead of a mean of M.
     idem      iterated denoising energy matching (Akhound-Sadegh et al., 2024, arXiv 2402.06121): at x = a + sigma z,
               a from the model and z ~ N(0, I), its score regresses on sum_k w_k (-∇E)(x_k), w = softmax(-E(x_k)),
               over K samples x_k ~ N(x, sigma^2 I). Energies and their gradients.
     langevin  unadjusted Langevin, a <- a - h ∇E(a) + sqrt(2h) z. Gradients.
     fab       flow annealed importance sampling bootstrap (Midgley et al., 2023, arXiv 2208.01893): a RealNVP q
-              lowers its alpha = 2 divergence ∫pi^2/q: loss -sum w log q, sum w = 1, at samples that annealed
-              importance sampling moves from q towards pi^2/q, the best proposal for it. Energies and gradients.
+              lowers the alpha = 2 divergence ∫pi^2/q by the loss -sum_k w_k log q(a_k), sum_k w_k = 1; annealed
+              importance sampling moves the a_k from q towards pi^2/q and weights them. Energies and gradients.
     qsm       Q-score matching (Psenka et al., 2024, arXiv 2312.11752): the score at every noise level is taken to be
-              -∇E at the *noised* point, here a noised uniform one. Gradients. Biased by construction (see qsm.py).
+              -∇E at the *noised* point, here a noised uniform one. Gradients. Fitted exactly, gmm's mode error is 0.22.
 
-Departures: iDEM clips sigma times its estimate, where the official code clips the estimate; FAB has no replay buffer
-of samples. Both are tuned for minutes on two cores, not for their best.
+Departures: rssm's a_0^k lie in the box, officially anywhere; idem clips sigma times its estimate, officially just the
+estimate; fab has no replay buffer. idem and fab, tuned for minutes on two cores, not their best, do not know the box.
 
 Metrics, over `--samples` samples of each method; `true`, always the last, is as many true samples:
     kl            KL(P|Q) over 40 x 40 cells of the box; P_c the density's mass, Q_c the samples' (each count + 0.1)
-    mode_error    sum_m |share of samples whose most probable mode is m - weight of m| / 2, between 0 and 1
+    mode_error    sum_m |share_m - weight_m| / 2, from 0 to 1; share_m of the samples have m as their most probable mode
     energies      evaluations of E while training and sampling; gradients: of ∇E, each counted under energies too
     seconds       wall-clock time of training and sampling
     peak_mb       growth of the process's peak memory, MiB on Linux: 0 for a method that stays below an earlier peak
@@ -217,7 +218,8 @@ def normal_cdf(x: Tensor) -> Tensor:
 
 
 def bounded_noise(mean: Tensor, std: Tensor, u: Tensor) -> Tensor:
-    """Noise drawn from N(0, I) given that mean - std * noise is in [-1, 1], by inversion from uniform numbers u."""
+    """Noise (n, M, 2) drawn from N(0, I) given that mean - std * noise is in the box, by inversion from uniform u of
+    that shape; mean (n, 1, 2), std (n, 1, 1)."""
     low, high = (mean - 1) / std, (mean + 1) / std
     below, above = normal_cdf(low), normal_cdf(-high)  # probability below low, and above high
     inside = torch.where(low > 0, normal_cdf(-low) - above, normal_cdf(high) - below)  # from the accurate tails
@@ -227,10 +229,10 @@ def bounded_noise(mean: Tensor, std: Tensor, u: Tensor) -> Tensor:
 
 
 def rssm_target(energy: Callable, schedule: Schedule, a_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
-    """Regression target of RSSM, sum_k w_k eps_k, an estimate of the mean of p(eps|a_t) with a bias of order 1/M. As
-    p(a_0|a_t) ∝ exp(-E(a_0)) N(a_0; a_t/sqrt(abar_t), (1/abar_t - 1) I), the a_0^k are drawn from that normal, cut to
-    the box, and weighted by w = softmax(-E(a_0^k)). a_t (n, 2), t (n,), u (n, M, 2) uniform. Returns (n, 2).
-    """
+    """Regression target of RSSM (n, 2) for a_t (n, 2), t (n,) and uniform u (n, M, 2): sum_k w_k eps_k, an estimate of
+    E[eps|a_t] = -sqrt(1-abar_t) ∇log p_t(a_t), which dsm learns too. By Bayes' rule p(a_0|a_t) ∝ exp(-E(a_0))
+    N(a_0; a_t/sqrt(abar_t), (1/abar_t - 1) I): the a_0^k are drawn from that normal, cut to the box, and weighted by
+    w = softmax(-E(a_0^k)). The bias is of order 1/M where many w_k count, else larger."""
     mean, std = (a_t / schedule.sqrt_abar[t, None])[:, None], schedule.reverse_std[t, None, None]
     eps = bounded_noise(mean, std, u)
     weights = torch.softmax(-energy(mean - std * eps), dim=1)
@@ -239,7 +241,8 @@ def rssm_target(energy: Callable, schedule: Schedule, a_t: Tensor, t: Tensor, u:
 
 @torch.no_grad()
 def denoise(network: ScoreNetwork, schedule: Schedule, n: int) -> Tensor:
-    """(n, 2) samples by DDPM from N(0, I), the predicted a_0 clipped to the box."""
+    """(n, 2) samples by DDPM from N(0, I), the predicted a_0 clipped to the box. With exact predictions of the noise
+    this has a mode error of 0.014 on gmm."""
     steps, a = len(schedule.std), torch.randn(n, 2)
     for t in reversed(range(steps)):
         eps = network(a, torch.full((n, 1), (t + 1) / steps))
@@ -250,7 +253,7 @@ def denoise(network: ScoreNetwork, schedule: Schedule, n: int) -> Tensor:
 
 def train_score(args: Args, draw: Callable) -> tuple[Tensor, Callable]:
     """Fit eps_theta to draw(schedule, t) -> a_t and regression target, both (batch, 2). Returns samples, and the score
-    at SHOWN_NOISE as a function (n, 2) -> (n, 2)."""
+    at the noise level nearest SHOWN_NOISE as a function (n, 2) -> (n, 2)."""
     network, schedule, steps = ScoreNetwork(args.hidden_size), Schedule(args.diffusion_steps), args.diffusion_steps
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.iterations)
@@ -306,10 +309,8 @@ def run_qsm(target: Target, args: Args) -> tuple[Tensor, Callable]:
 
 
 def idem_score(energy_gradient: Callable, x: Tensor, sigma: Tensor, z: Tensor) -> Tensor:
-    """Estimate of the score of pi convolved with N(0, sigma^2 I), from K energies and gradients, bias of order 1/K.
-
-    x (n, 2), sigma (n, 1), z (n, K, 2) standard normal. Returns sum_k w_k (-∇E)(x + sigma z_k), (n, 2).
-    """
+    """Estimate sum_k w_k (-∇E)(x + sigma z_k), (n, 2), of the score of pi convolved with N(0, sigma^2 I), biased as
+    rssm_target is: x (n, 2), sigma (n, 1), z (n, K, 2) standard normal."""
     energy, gradient = energy_gradient(x[:, None] + sigma[:, None] * z)
     return -(torch.softmax(-energy, dim=1)[..., None] * gradient).sum(1)
 
@@ -369,7 +370,7 @@ def langevin(energy_gradient: Callable, a: Tensor, step: float, n: int) -> Tenso
 
 
 def run_langevin(target: Target, args: Args, step=2e-4, n=1000) -> tuple[Tensor, None]:
-    """One chain for each sample, started uniformly on the box."""
+    """One chain per sample, from uniform points, which on gmm fixes the modes' shares: chains do not cross the gaps."""
     starts = (2 * torch.rand(args.samples, 2) - 1).split(10_000)
     return torch.cat([langevin(target.energy_gradient, a, step, n) for a in starts]), None
 
@@ -582,7 +583,7 @@ def main() -> None:
     (folder / "metrics.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in table))
     draw_picture(folder / "picture.png", target, args.target, results)
 
-    print(f"\n{'method':<10}{'kl':>8}{'mode error':>12}{'energies':>14}{'gradients':>13}{'seconds':>9}{'peak MB':>9}")
+    print(f"\n{'method':<10}{'kl':>8}{'mode error':>12}{'energies':>14}{'gradients':>13}{'seconds':>9}{'peak MiB':>9}")
     for method, kl, error, energies, gradients, seconds, mb in (row.values() for row in rows):
         print(f"{method:<10}{kl:>8.4f}{error:>12.4f}{energies:>14,}{gradients:>13,}{seconds:>9}{mb:>9}")
     print(f"\ntable: {folder}/metrics.csv\npicture: {folder}/picture.png")
