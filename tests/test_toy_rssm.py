@@ -20,6 +20,7 @@ def gaussian(mean=(0.2, -0.1), std=0.3):
     return toy.Gaussians(torch.tensor([mean]), torch.tensor([std]), torch.ones(1))
 
 
+@torch.enable_grad()
 def noised_score(target, a, signal, noise):
     """∇ log p_t of a target of Gaussians: means times signal, variances signal^2 std^2 + noise^2."""
     a = a.detach().requires_grad_(True)
@@ -122,6 +123,21 @@ def test_the_sampler_denoises_a_gaussian():
 
     a = toy.denoise(network, schedule, 50_000)
     torch.testing.assert_close(a.mean(0), target.means[0], rtol=0, atol=0.01)  # a step off moves it by 0.03
+
+
+def test_what_remains_of_gmms_mode_error_without_a_misfit():
+    """0.014 with the exact noise, the sampler's own; 0.23 with QSM's target, which is another function."""
+    target, schedule, steps = toy.make_target("gmm"), toy.Schedule(100), 100
+
+    def exact(a, time):
+        t = round(time[0].item() * steps) - 1
+        return -schedule.sqrt_1m_abar[t] * noised_score(target, a, schedule.sqrt_abar[t], schedule.sqrt_1m_abar[t])
+
+    def qsm(a, time):
+        return schedule.sqrt_1m_abar[round(time[0].item() * steps) - 1] * target.energy_gradient(a)[1]
+
+    assert toy.mode_error(target, toy.denoise(exact, schedule, 50_000)) == pytest.approx(0.014, abs=0.006)
+    assert toy.mode_error(target, toy.denoise(qsm, schedule, 20_000)) == pytest.approx(0.23, abs=0.02)
 
 
 @pytest.mark.parametrize(
