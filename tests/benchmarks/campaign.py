@@ -158,15 +158,15 @@ PROFILES = {
         "flags": f"{PROTOCOL} --total-timesteps 150000 --eval-frequency 10000 --eval-episodes 10",
         "agents": {"sdac": "", "sac": ""},
     },
-    # Minutes on two cores: small networks, larger learning rates, and SDAC cold, with its reverse samples clipped.
+    # Minutes on two cores: small networks and larger learning rates.
     "quick": {
         "tasks": ["InvertedPendulum-v4", "InvertedDoublePendulum-v4", "Reacher-v4"],
         "seeds": [1, 2, 3],
         "flags": "--num-envs 1 --total-timesteps 12000 --learning-starts 1000 --hidden-size 64 --batch-size 128"
         " --tau 0.02 --eval-frequency 1000 --eval-episodes 10 --checkpoint-frequency 4000 --device cpu",
         "agents": {
-            "sdac": f"{LINEAR} --no-bounded-reverse-sampling --temperature 0.01 --exploration-noise 0.15"
-            " --diffusion-steps 10 --num-particles 8 --num-reverse-samples 32 --q-lr 1e-3 --policy-lr 1e-3",
+            "sdac": "--q-lr 1e-3 --policy-lr 1e-3",
+            "sdac-cold": "--q-lr 1e-3 --policy-lr 1e-3 --temperature 0.01 --exploration-noise 0.15",
             "qsm": "--q-gradient-scale 0.5 --q-lr 1e-3 --policy-lr 1e-3",
             "sac": "--q-lr 1e-3 --policy-lr 1e-3",
             "td3": "--learning-rate 1e-3",
