@@ -8,8 +8,8 @@ only the loss. All densities live on the box [-1, 1]^2, and a_t = sqrt(abar_t) a
     rssm      eps_theta(a_t, t) regresses on sum_k w_k eps_k, w = softmax(-E(a_0^k)), over reverse samples
               a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k, eps_k ~ N(0, I) given that a_0^k is in the box.
               a_t is a noised uniform point of the box: any law with full support has the same minimiser. Energies only.
-    dsm       denoising score matching: eps_theta regresses on the eps that noised a *true sample* of pi. Not a bound:
-              it makes as many steps as rssm, but on one eps for each a_t instead of a mean of M.
+    dsm       denoising score matching: eps_theta regresses on the eps that noised a *true sample* of pi. A reference,
+              not a bound: as many steps as rssm, but on one eps for each a_t instead of a mean of M.
     idem      iterated denoising energy matching (Akhound-Sadegh et al., 2024, arXiv 2402.06121): at x = a + sigma z,
               a from the model and z ~ N(0, I), its score regresses on sum_k w_k (-∇E)(x_k), w = softmax(-E(x_k)),
               over K samples x_k ~ N(x, sigma^2 I). Energies and their gradients.
@@ -18,7 +18,7 @@ only the loss. All densities live on the box [-1, 1]^2, and a_t = sqrt(abar_t) a
               lowers the alpha = 2 divergence ∫pi^2/q by the loss -sum_k w_k log q(a_k), sum_k w_k = 1; annealed
               importance sampling moves the a_k from q towards pi^2/q and weights them. Energies and gradients.
     qsm       Q-score matching (Psenka et al., 2024, arXiv 2312.11752): the score at every noise level is taken to be
-              -∇E at the *noised* point, here a noised uniform one. Gradients. Fitted exactly, gmm's mode error is 0.23.
+              -∇E at the *noised* point, here a noised uniform one. Gradients. Fitted exactly: mode error 0.23 on gmm.
 
 Departures: rssm's a_0^k lie in the box, officially anywhere; idem clips sigma times its estimate, officially just the
 estimate; fab has no replay buffer. idem and fab, tuned for minutes on two cores, not their best, do not know the box.
