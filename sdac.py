@@ -171,11 +171,6 @@ class Args:
 # ALGO LOGIC: diffusion and reverse sampling -------------------------------------------------------------------------
 
 
-def normal_cdf(x: Tensor) -> Tensor:
-    """Phi, accurate in its lower tail, which torch.special.ndtr loses in float32."""
-    return torch.erfc(-x * math.sqrt(0.5)) / 2
-
-
 class Schedule(nn.Module):
     """Noise schedule. t counts from 0 in the code, from 1 in the equations; a_0 has no noise in both. beta_t grows from
     8e-5 to 0.7992 as a power of a linear function; abar_t is the product of 1 - beta_0 to 1 - beta_t. The tables (T,)
@@ -209,15 +204,13 @@ class Schedule(nn.Module):
         return (a_t / self.sqrt_abar[t, None])[:, None] - self.reverse_std[t, None, None] * eps
 
     def bounded_noise(self, a_t: Tensor, t: Tensor, u: Tensor, bound: float) -> Tensor:
-        """Noise (B, M, d) whose reverse samples (7) lie in [-bound, bound]^d, from uniform numbers u (B, M, d): a
-        normal truncated to [low, high], drawn by inversion, eps = Phi^-1(Phi(low) + u (Phi(high) - Phi(low)))."""
+        """Noise (B, M, d) whose reverse samples (7) lie in [-bound, bound]^d, from uniform u (B, M, d) in float64:
+        a normal truncated to [low, high], drawn by inversion, eps = Phi^-1(Phi(low) + u (Phi(high) - Phi(low)))."""
         mean, std = (a_t / self.sqrt_abar[t, None])[:, None], self.reverse_std[t, None, None]
         low, high = (mean - bound) / std, (mean + bound) / std  # where a_0 is bound and -bound
-        below, above = normal_cdf(low), normal_cdf(-high)  # each from the tail that keeps its digits
-        inside = torch.where(low > 0, normal_cdf(-low) - above, normal_cdf(high) - below)  # likewise
-        left, right = below + u * inside, above + (1 - u) * inside  # probability left and right of eps, together 1
-        eps = torch.special.ndtri(torch.minimum(left, right).clamp(min=torch.finfo(u.dtype).tiny))  # 0 would give -inf
-        return torch.where(left < right, eps, -eps).clamp(low, high)
+        # Float64 keeps enough digits of Phi near 1: a_t noised from an action in the box leaves low and -high below 6.
+        below, above = torch.special.ndtr(low.double()), torch.special.ndtr(high.double())
+        return torch.special.ndtri(below + u * (above - below)).to(a_t.dtype).clamp(low, high)
 
 
 # SPEED: factors are updates per second with a piece over those without it, Humanoid-v4's sizes, one core of a Xeon ----
@@ -448,7 +441,8 @@ class SDAC(nn.Module):
         """sum_k w_k eps_k of (9), (B, d), and the effective sample size 1/sum_k w_k^2 (harmonic mean over B)."""
         shape = (len(a_t), self.args.num_reverse_samples, self.action_dim)
         if self.args.bounded_reverse_sampling:
-            eps = self.schedule.bounded_noise(a_t, t, torch.rand(shape, device=a_t.device), self.args.reverse_bound)
+            u = torch.rand(shape, dtype=torch.float64, device=a_t.device)  # float32's are 0 now and then: eps = -inf
+            eps = self.schedule.bounded_noise(a_t, t, u, self.args.reverse_bound)
         else:
             eps = torch.randn(shape, device=a_t.device)
         a_0 = self.schedule.reverse_samples(a_t, t, eps).clamp(-1, 1)  # the critics know clipped actions only

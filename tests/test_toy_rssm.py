@@ -73,7 +73,8 @@ def test_rssm_target_is_the_noised_score(t):
     target, schedule, steps = toy.make_target("gmm"), toy.Schedule(100), torch.full((4,), t)
     a_0 = torch.tensor([[-0.6, -0.6], [0.0, 0.4], [0.9, -0.9], [0.5, 0.5]])
     a_t = schedule.noised(a_0, steps, 0.5 * torch.randn(4, 2))
-    estimate = toy.rssm_target(target.energy, schedule, a_t, steps, torch.rand(4, 200_000, 2))
+    u = torch.rand(4, 200_000, 2, dtype=torch.float64)
+    estimate = toy.rssm_target(target.energy, schedule, a_t, steps, u)
     score = noised_score(target, a_t, schedule.sqrt_abar[t], schedule.sqrt_1m_abar[t])
     torch.testing.assert_close(estimate, -schedule.sqrt_1m_abar[t] * score, rtol=0.05, atol=0.05)
 
@@ -81,7 +82,9 @@ def test_rssm_target_is_the_noised_score(t):
 def test_reverse_samples_stay_in_the_box():
     seen, t = [], torch.arange(100)
     energy = lambda a: (seen.append(a), a[..., 0])[1]  # noqa: E731
-    toy.rssm_target(energy, toy.Schedule(100), 3 * torch.randn(100, 2), t, torch.rand(100, 50, 2))
+    schedule, u = toy.Schedule(100), torch.rand(100, 50, 2, dtype=torch.float64)
+    a_t = schedule.noised(2 * torch.rand(100, 2) - 1, t, 1.5 * torch.randn(100, 2))
+    toy.rssm_target(energy, schedule, a_t, t, u)
     assert seen[0].shape == (100, 50, 2) and seen[0].abs().max() <= 1 + 1e-5
 
 

@@ -25,8 +25,11 @@ DRAWS, PARTICLES = 64, 16
 def mean_eps(schedule, a_t, t, best, samples, bound):
     """The expectation of sum_k w_k eps_k, (B, d), for a_t and a* (B, d)."""
     a_t, best = a_t.repeat_interleave(DRAWS, dim=0), best.repeat_interleave(DRAWS, dim=0)
-    t, u = torch.full((len(a_t),), t), torch.rand(len(a_t), samples, a_t.shape[1])
-    eps = schedule.bounded_noise(a_t, t, u, bound) if bound < math.inf else torch.randn_like(u)
+    t, shape = torch.full((len(a_t),), t), (len(a_t), samples, a_t.shape[1])
+    if bound < math.inf:
+        eps = schedule.bounded_noise(a_t, t, torch.rand(shape, dtype=torch.float64), bound)
+    else:
+        eps = torch.randn(shape)
     q = -500 * (schedule.reverse_samples(a_t, t, eps).clamp(-1, 1) - best[:, None]).square().sum(2)
     return torch.einsum("bm,bmd->bd", q.softmax(1), eps).unflatten(0, (-1, DRAWS)).mean(1)
 
