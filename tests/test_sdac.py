@@ -234,6 +234,15 @@ def test_bounded_reverse_samples_stay_in_the_box(bound):
     assert (samples.abs() <= bound + 1e-6 * (1 + a_t.abs() / schedule.sqrt_abar[t, None])[:, None]).all()
 
 
+def test_reverse_sampling_draws_its_uniform_numbers_in_float64():
+    """In float32 one of 2^24 is 0, some hundreds in a run on Humanoid-v4, for which the noise is the wall far off."""
+    torch.set_default_dtype(torch.float32)
+    agent, batch = sdac.SDAC(2, 3, sdac.Args(hidden_size=4)), pairs.random_batch(sdac, 5, 2, 3)
+    with mock.patch.object(torch, "rand", wraps=torch.rand) as rand:
+        agent.reverse_sampling(batch, *agent.propose(batch))
+    assert [call.kwargs["dtype"] for call in rand.call_args_list] == [torch.float64]
+
+
 # Networks against the oracle's concatenated ones
 
 
