@@ -118,7 +118,7 @@ def sdac_truncated(u, mean, spread, bound):
     """Noise whose reverse sample mean - spread * noise lies within the bound: quantiles u of the normal cut to that."""
     normal = torch.distributions.Normal(torch.zeros_like(u), torch.ones_like(u))
     low, high = normal.cdf((mean - bound) / spread), normal.cdf((mean + bound) / spread)
-    return normal.icdf(low + u * (high - low))
+    return normal.icdf(low + u * (high - low)).to(mean.dtype)  # u is in float64 always
 
 
 class SDACReference:
