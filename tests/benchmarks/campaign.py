@@ -80,8 +80,8 @@ PROFILES = {
     },
     # To choose better ones by: 100,000 updates, long enough to tell one change from another.
     "screening": {
-        "tasks": ["HalfCheetah-v4", "Ant-v4"],
-        "seeds": [1, 2],
+        "tasks": ["HalfCheetah-v4", "Ant-v4", "Walker2d-v4"],
+        "seeds": [1, 2, 3],
         "flags": f"{PROTOCOL} --total-timesteps 530000 --eval-frequency 20000 --eval-episodes 10",
         "sdac": LINEAR,
         "agents": {
@@ -99,6 +99,8 @@ PROFILES = {
             "sdac-target8-hot": "--target-particles 8 --temperature 1",
             "sdac-power2-T10-M8": "--beta-power 2 --reverse-bound 2 --denoising-noise 0 --diffusion-steps 10"
             " --num-reverse-samples 8 --num-particles 8",
+            "sdac-cold": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --temperature 0.01"
+            " --exploration-noise 0.15",
         },
     },
     # What limits a run's end: seed 1 of sdac-T5 above, continued with late.py (not by this script) with one change.
