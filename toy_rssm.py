@@ -271,7 +271,7 @@ def train_score(args: Args, draw: Callable) -> tuple[Tensor, Callable]:
 def run_rssm(target: Target, args: Args) -> tuple[Tensor, Callable]:
     def draw(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
         a_t = schedule.noised(2 * torch.rand(len(t), 2) - 1, t, torch.randn(len(t), 2))
-        u = torch.rand(len(t), args.num_reverse_samples, 2, dtype=torch.float64)  # float32's are 0 now and then: eps = -inf
+        u = torch.rand(len(t), args.num_reverse_samples, 2, dtype=torch.float64)  # float32: some 0, eps = -inf
         return a_t, rssm_target(target.energy, schedule, a_t, t, u)
 
     return train_score(args, draw)
