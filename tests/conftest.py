@@ -62,10 +62,11 @@ def eager_float64():
 
 
 def settings():
-    """What `main` changes in its process: signal handlers, flush-to-zero, the compiler's stance, warnings."""
+    """What `main` changes in its process: signal handlers, flush-to-zero, the compiler's stance, warnings, oneDNN."""
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     flushed = (torch.full((1,), 1e-39) * 1).item() == 0
-    return handlers, flushed, torch._dynamo.eval_frame._stance.stance, len(warnings.filters)
+    onednn = torch.backends.mkldnn.matmul.fp32_precision
+    return handlers, flushed, torch._dynamo.eval_frame._stance.stance, len(warnings.filters), onednn
 
 
 @pytest.fixture

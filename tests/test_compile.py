@@ -1,6 +1,7 @@
 """The fast paths give the same numbers: torch.compile, chunks of states, Mish with one exponential."""
 
 import copy
+import itertools
 
 import pairs
 import pytest
@@ -60,9 +61,35 @@ def test_averages_start_as_copies(module):
 
 @pytest.mark.parametrize("module", AGENTS)
 def test_plain_updates_in_float32_equal_the_oracle(module):
-    torch.compiler.set_stance("force_eager")
-    assert_same_numbers(module, 100, 1e-5, 1e-5)
+    with module.settings(module.Args(compile=False)):
+        assert_same_numbers(module, 100, 1e-5, 1e-5)
     assert not torch._dynamo.utils.counters["stats"]
+
+
+PROCESSORS = {  # what decides whether products may go to oneDNN in bfloat16, which it uses only with AMX or on ARM
+    "AMD Zen 4": ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, "bf16"),
+    "AMD Zen 3": ({"avx2": True, "avx512_f": False, "amx_bf16": False}, "none"),
+    "Xeon with AMX": ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": True}, "none"),
+    "ARM": ({"neon": True, "bf16": True}, "none"),
+}
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_products_go_to_onednn_only_where_it_computes_them_in_float32(monkeypatch, processor):
+    capabilities, precision = PROCESSORS[processor]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    with sac.settings(sac.Args()):
+        assert torch.backends.mkldnn.matmul.fp32_precision == precision
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+def test_products_of_a_run_are_computed_in_float32():
+    """Between rows and columns of many lengths; bfloat16 would be wrong by one in 500."""
+    with sac.settings(sac.Args()):
+        for rows, inner, columns in itertools.product((1, 80, 1024), (17, 256, 376), (1, 17, 256)):
+            x, w = torch.randn(2, rows, inner), torch.randn(2, columns, inner).mT
+            error = (x @ w - x.double() @ w.double()).abs() / (x.double().abs() @ w.double().abs())
+            assert error.max() < 1e-5
 
 
 @pytest.mark.parametrize("module", AGENTS)

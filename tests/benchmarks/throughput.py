@@ -9,7 +9,7 @@ tests/reference.py in float32 (medians), the ratios of the first two to the orac
 training loop and the share of it spent outside `update`; seconds of the first update, with nothing compiled before;
 peak memory of a process that updates from a full buffer of 1,000,000 transitions. For SDAC also the arithmetic that an
 update needs, and the rate at which it gets done beside the rate of the same matrix products alone; and what
---bfloat16-sampling brings, where the device computes in bfloat16 natively.
+--bfloat16-sampling brings, where the device computes in bfloat16 natively. On AMD's AVX-512 also what oneDNN brings.
 
 Each script updates from random transitions of the task's sizes with its default arguments (sdac-official: those of the
 official code), and draws its own noise; the oracle is given noise, and always computes the policy's loss, as the
@@ -68,6 +68,19 @@ def plainly(function):
             return function(*arguments)
 
     return plain
+
+
+def by_mkl(function):
+    """The function with its products not by oneDNN, to which `settings` of the scripts sends them on AMD's AVX-512."""
+
+    def with_mkl(*arguments):
+        matmul = torch.backends.mkldnn.matmul
+        precision, matmul.fp32_precision = matmul.fp32_precision, "none"
+        result = function(*arguments)
+        matmul.fp32_precision = precision
+        return result
+
+    return with_mkl
 
 
 def oracle_updater(agent, batch):
@@ -198,12 +211,12 @@ def matrix_products(d, h, device):
 
 
 def row(name, task, device, rounds):
-    """Cells of the table but for those of `start`, and for SDAC a note on its arithmetic."""
-    torch.set_flush_denormal(True)  # as the scripts do
+    """Cells of the table but for those of `start`, and notes on oneDNN and, for SDAC, on its arithmetic."""
     device = torch.device(device)
-    _, fast, batch = make(name, task, device)
+    module, fast, batch = make(name, task, device)
     _, plain, _ = make(name, task, device)
     functions = {"fast": lambda _: fast.update(batch), "plain": lambda _: plainly(plain.update)(batch)}
+    functions["mkl"] = lambda _: by_mkl(fast.update)(batch)
     updates = dict.fromkeys(functions, UPDATES.get(name, 100))
     if device.type == "cpu":  # the oracle is written for the CPU
         functions["oracle"] = oracle_updater(plain, batch)
@@ -216,23 +229,25 @@ def row(name, task, device, rounds):
         products, gflop = matrix_products(SIZES[task][1], fast.args.hidden_size, device)
         functions |= products
         updates |= {"square": 600, "step": 300}
-    seconds = seconds_per_update(functions, updates, rounds, device)
+    with module.settings(fast.args):  # as in a run
+        seconds = seconds_per_update(functions, updates, rounds, device)
+        onednn = torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     oracle = seconds.get("oracle", float("nan"))
     steps, outside = loop(name, task, device, 10 * UPDATES.get(name, 100))
     cells = [f"`{campaign.script_of(name)}.py` {name.partition('-')[2]}".strip(), task]
     cells += [f"{1 / seconds['fast']:.3g}", f"{1 / seconds['plain']:.3g}", f"{1 / oracle:.3g}"]
     cells += [f"{oracle / seconds['fast']:.2f}", f"{oracle / seconds['plain']:.2f}", f"{steps:.3g}"]
     cells += ["" if outside is None else f"{100 * outside:.0f} %"]
+    note = f"{name}, {task}: {seconds['mkl'] / seconds['fast']:.2f} times as fast as with MKL.\n" if onednn else ""
     if name not in UPDATES:
-        return cells, ""
+        return cells, note
     needed = sdac_gflop(*SIZES[task], fast.args)
     rates = {products: gflop[products] / seconds[products] for products in gflop}
     rate, h = needed / seconds["fast"], fast.args.hidden_size
-    note = ""
     if bfloat16:
         steps, _ = loop(name, task, device, 10 * UPDATES[name], "--bfloat16-sampling")
         ratio = seconds["fast"] / seconds["bfloat16"]
-        note = f"With --bfloat16-sampling {ratio:.2f} times the updates/s, and {steps:.3g} steps/s.\n"
+        note += f"With --bfloat16-sampling {ratio:.2f} times the updates/s, and {steps:.3g} steps/s.\n"
     return cells, note + (
         f"{name}, {task}: {needed:.3g} GFLOP per update at {rate:.0f} GFLOP/s. In the same rounds the matrix "
         f"products of a denoising step alone ran at {rates['step']:.0f} ({rate / rates['step']:.0%}), "
