@@ -332,9 +332,8 @@ class Batch(NamedTuple):  # of B transitions
 
 @torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs on GPUs; SAC, TD3 on CPUs: 1.4 to 1.6 times as fast
 def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """For a loss that returns its value and metrics: the value's gradients, and the metrics. Unlike `backward`, this
-    lets torch.compile capture forward and backward in one graph, given `trace_autograd_ops`, set in `compile_ahead`.
-    Losses are given their random numbers, since compiled code would draw others than `--no-compile`."""
+    """The gradients of a loss, and its metrics: one compiled graph, which `backward` would split, given
+    `trace_autograd_ops`. Losses are given their random numbers; compiled code would draw others than `--no-compile`."""
     value, metrics = loss(*inputs)
     return torch.autograd.grad(value, parameters), {name: metric.detach() for name, metric in metrics.items()}
 
@@ -706,7 +705,7 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
 
     start, shape, metrics, shown = time.time() - seconds, envs.action_space.shape, {}, {}
     drawing = {"mininterval": 0.1 if sys.stderr and sys.stderr.isatty() else 30, "disable": sys.stderr is None}
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", miniters=1, **drawing)
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", miniters=1, smoothing=0, **drawing)
     with bar, SummaryWriter(folder, purge_step=step + 1) as writer:
         try:
             while not signals:
@@ -727,6 +726,7 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                 # Act, line 2 of the algorithm
                 if step < args.learning_starts:
                     actions = 2 * torch.rand(args.num_envs, math.prod(shape[1:])).numpy() - 1
+                    bar.initial, bar.start_t = step, time.time()  # the time left is counted without these
                 else:
                     actions = agent.act(torch.as_tensor(observations, device=device), explore=True).cpu().numpy()
 

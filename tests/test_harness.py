@@ -421,7 +421,7 @@ def test_a_resumed_run_does_not_keep_the_old_checkpoint_mapped(inside, train):
     assert not mapped
 
 
-def test_the_time_left_is_counted_from_the_first_update(train, monkeypatch):
+def test_the_time_left_is_counted_without_the_random_steps(train, monkeypatch):
     bars = []
 
     class Bar(sac.tqdm):
@@ -431,7 +431,7 @@ def test_the_time_left_is_counted_from_the_first_update(train, monkeypatch):
 
     monkeypatch.setattr(sac, "tqdm", Bar)
     train("run")
-    assert bars[0].initial == 33 and bars[0].n == 90
+    assert bars[0].initial == 27 and bars[0].n == 90
 
 
 # Numbers that are not finite
