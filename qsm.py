@@ -465,7 +465,7 @@ def settings(args: Args) -> Iterator[list[int]]:
                 handlers[number] = signal.signal(number, handle)
     torch.set_flush_denormal(True)  # CPUs are slow with numbers below 1e-38
     cpu, matmul = torch.cpu.get_capabilities(), torch.backends.mkldnn.matmul
-    # On AMD, MKL multiplies without AVX-512; with "bf16" oneDNN does it, without AMX still in float32: 1.4 times
+    # On AMD, MKL multiplies without AVX-512; with "bf16" oneDNN does it, without AMX still in float32: 1.5 to 1.8 times
     matmul.fp32_precision = "bf16" if cpu.get("avx512_f") and not cpu.get("amx_bf16") else "none"
     try:
         with torch.compiler.set_stance("default" if args.compile else "force_eager"), warnings.catch_warnings():
