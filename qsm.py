@@ -554,7 +554,7 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                 # Act, line 2 of the algorithm
                 if step < args.learning_starts:
                     actions = 2 * torch.rand(args.num_envs, math.prod(shape[1:])).numpy() - 1
-                    bar.initial, bar.start_t = step, time.time()  # the time left is counted without these
+                    bar.initial, bar.start_t = step, bar.last_print_t  # the time left is counted without these
                 else:
                     actions = agent.act(torch.as_tensor(observations, device=device), explore=True).cpu().numpy()
 
