@@ -160,7 +160,7 @@ class Batch(NamedTuple):  # of B transitions
     dones: Tensor  # (B,), 1 where the episode terminated; truncation does not count
 
 
-@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs on GPUs; SAC, TD3 on CPUs: 1.4 to 1.6 times as fast
+@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs on GPUs; SAC, TD3 on CPUs: 1.3 to 1.6 times as fast
 def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """The gradients of a loss, and its metrics: one compiled graph, which `backward` would split, given
     `trace_autograd_ops`. Losses are given their random numbers; compiled code would draw others than `--no-compile`."""
