@@ -638,7 +638,8 @@ def settings(args: Args) -> Iterator[list[int]]:
     torch.set_flush_denormal(True)  # CPUs are slow with numbers below 1e-38
     cpu, matmul = torch.cpu.get_capabilities(), torch.backends.mkldnn.matmul
     # On AMD, MKL multiplies without AVX-512; with "bf16" oneDNN does it, without AMX still in float32: 1.5 to 1.8 times
-    matmul.fp32_precision = "bf16" if cpu.get("avx512_f") and not cpu.get("amx_bf16") else "none"
+    onednn = cpu.get("avx512_f") and not cpu.get("amx_bf16") and not torch.cuda.is_available()
+    matmul.fp32_precision = "bf16" if onednn else "none"
     try:
         with torch.compiler.set_stance("default" if args.compile else "force_eager"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="gymnasium")  # v4 tasks are out of date
@@ -754,7 +755,6 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                             writer.add_scalar(f"losses/{name}", metric.item(), step)
                         writer.add_scalar("charts/SPS", int(step / (time.time() - start)), step)
 
-                # Save
                 if step % args.checkpoint_frequency < args.num_envs and step < args.total_timesteps:
                     save(folder, agent, buffer, step, time.time() - start, evaluations)
         finally:  # whatever ended the run: its last step, a signal, or an exception

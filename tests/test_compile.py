@@ -66,18 +66,21 @@ def test_plain_updates_in_float32_equal_the_oracle(module):
     assert not torch._dynamo.utils.counters["stats"]
 
 
-PROCESSORS = {  # what decides whether products may go to oneDNN in bfloat16, which it uses only with AMX or on ARM
-    "AMD Zen 4": ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, "bf16"),
-    "AMD Zen 3": ({"avx2": True, "avx512_f": False, "amx_bf16": False}, "none"),
-    "Xeon with AMX": ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": True}, "none"),
-    "ARM": ({"neon": True, "bf16": True}, "none"),
+ZEN_4 = {"avx512_f": True, "avx512_bf16": True, "amx_bf16": False}
+MACHINES = {  # capabilities, whether there is a GPU, and whether oneDNN may use bfloat16: with AMX or on ARM it would
+    "AMD Zen 4": (ZEN_4, False, "bf16"),
+    "AMD Zen 4 and a GPU": (ZEN_4, True, "none"),
+    "AMD Zen 3": ({"avx2": True, "avx512_f": False, "amx_bf16": False}, False, "none"),
+    "Xeon with AMX": ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": True}, False, "none"),
+    "ARM": ({"neon": True, "bf16": True}, False, "none"),
 }
 
 
-@pytest.mark.parametrize("processor", PROCESSORS)
-def test_products_go_to_onednn_only_where_it_computes_them_in_float32(monkeypatch, processor):
-    capabilities, precision = PROCESSORS[processor]
+@pytest.mark.parametrize("machine", MACHINES)
+def test_products_go_to_onednn_only_where_it_computes_them_in_float32(monkeypatch, machine):
+    capabilities, gpu, precision = MACHINES[machine]
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     with sac.settings(sac.Args()):
         assert torch.backends.mkldnn.matmul.fp32_precision == precision
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
