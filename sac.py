@@ -480,7 +480,7 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                 # Act, line 2 of the algorithm
                 if step < args.learning_starts:
                     actions = 2 * torch.rand(args.num_envs, math.prod(shape[1:])).numpy() - 1
-                    bar.initial, bar.start_t = step, bar.last_print_t  # the time left is counted without these
+                    bar.initial, bar.start_t = step, getattr(bar, "last_print_t", 0)  # the time left counts from here
                 else:
                     actions = agent.act(torch.as_tensor(observations, device=device), explore=True).cpu().numpy()
 
