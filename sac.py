@@ -390,8 +390,8 @@ def settings(args: Args) -> Iterator[list[int]]:
                 handlers[number] = signal.signal(number, handle)
     torch.set_flush_denormal(True)  # CPUs are slow with numbers below 1e-38
     cpu, matmul = torch.cpu.get_capabilities(), torch.backends.mkldnn.matmul
-    # On AMD, MKL multiplies without AVX-512; with "bf16" oneDNN does it, without AMX still in float32: 1.5 to 1.8 times
-    onednn = cpu.get("avx512_f") and not cpu.get("amx_bf16") and not torch.cuda.is_available()
+    # MKL leaves AMD's AVX-512 unused. "bf16" lets oneDNN multiply, in float32 if there is no AMX: 1.5 to 1.9 times
+    onednn = cpu.get("avx512_f") and not cpu.get("amx_bf16") and not torch.cuda.is_available()  # CUDA: not tried
     matmul.fp32_precision = "bf16" if onednn else "none"
     try:
         with torch.compiler.set_stance("default" if args.compile else "force_eager"), warnings.catch_warnings():
