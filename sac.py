@@ -160,10 +160,10 @@ class Batch(NamedTuple):  # of B transitions
     dones: Tensor  # (B,), 1 where the episode terminated; truncation does not count
 
 
-@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs on GPUs; SAC, TD3 on CPUs: 1.3 to 1.6 times as fast
+@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs on GPUs; on CPUs SAC, TD3 1.3 to 1.6 times as fast
 def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """The gradients of a loss, and its metrics: one compiled graph, which `backward` would split, given
-    `trace_autograd_ops`. Losses are given their random numbers; compiled code would draw others than `--no-compile`."""
+    """The gradients of a loss, and its metrics. With `trace_autograd_ops` this is one compiled graph; `backward` would
+    split it. Losses are given their random numbers; compiled code would draw others than `--no-compile`."""
     value, metrics = loss(*inputs)
     return torch.autograd.grad(value, parameters), {name: metric.detach() for name, metric in metrics.items()}
 
@@ -331,7 +331,7 @@ def evaluate(agent: nn.Module, args: Args, device: torch.device, signals: list, 
             observations, rewards, terminations, truncations, _ = envs.step(actions.reshape(envs.action_space.shape))
             returns[running] += rewards[running]
             running &= ~(terminations | truncations)
-            if signals:  # the run ends here, without this evaluation
+            if signals:  # see `settings`; this evaluation is dropped
                 sys.exit(128 + signals[0])
             if not running.any():
                 break
@@ -375,14 +375,14 @@ def restore(folder: Path, agent: nn.Module, buffer: ReplayBuffer) -> tuple[int, 
 
 @contextlib.contextmanager
 def settings(args: Args) -> Iterator[list[int]]:
-    """Process-wide settings of a run, restored at the end. Yields a list that collects signals: they end the run
+    """Process-wide settings of a run, undone at the end. Yields a list that collects signals: they end the run
     between two steps, since an exception from a handler may get lost in a callback, or interrupt an update halfway."""
     signals, handlers = [], {}
 
     def handle(number: int, frame: object) -> None:
         signals.append(number)
         with contextlib.suppress(AttributeError, OSError):  # stderr may be closed; `print` is not safe in a handler
-            os.write(sys.stderr.fileno(), b"\nstopping after this step\n")
+            os.write(sys.stderr.fileno(), b"\nstopping before the next step\n")
 
     with contextlib.suppress(ValueError):  # only the main thread may set handlers
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -390,7 +390,7 @@ def settings(args: Args) -> Iterator[list[int]]:
                 handlers[number] = signal.signal(number, handle)
     torch.set_flush_denormal(True)  # CPUs are slow with numbers below 1e-38
     cpu, matmul = torch.cpu.get_capabilities(), torch.backends.mkldnn.matmul
-    # MKL leaves AMD's AVX-512 unused. "bf16" lets oneDNN multiply, in float32 if there is no AMX: 1.5 to 1.9 times
+    # MKL leaves AMD's AVX-512 unused. "bf16" means oneDNN, in float32 without AMX: 1.5 to 1.9 times as fast on AMD
     onednn = cpu.get("avx512_f") and not cpu.get("amx_bf16") and not torch.cuda.is_available()  # CUDA: not tried
     matmul.fp32_precision = "bf16" if onednn else "none"
     try:
@@ -480,7 +480,7 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                 # Act, line 2 of the algorithm
                 if step < args.learning_starts:
                     actions = 2 * torch.rand(args.num_envs, math.prod(shape[1:])).numpy() - 1
-                    bar.initial, bar.start_t = step, getattr(bar, "last_print_t", 0)  # the time left counts from here
+                    bar.initial, bar.start_t = step, getattr(bar, "last_print_t", 0)  # the bar's clock starts here
                 else:
                     actions = agent.act(torch.as_tensor(observations, device=device), explore=True).cpu().numpy()
 

@@ -6,8 +6,8 @@ The policy is a diffusion model whose score is trained by Reverse Sampling Score
 values of Q: neither samples of the desired policy nor gradients of Q.
 
 The desired policy is pi(a|s) = exp(Q(s,a)/lambda)/Z(s) for a in the box [-2, 2]^d, with Q evaluated at a clipped to
-[-1, 1]^d. Without a box Z would be infinite; it is wider than the actions' [-1, 1]^d so that a weighted mean of samples
-inside it can reach 1. The temperature lambda falls on a fixed curve. Noising a_0 to a_t, t = 1..T, with abar_t falling:
+[-1, 1]^d. Without a box Z would be infinite; the box is wider than the actions' [-1, 1]^d so that the weighted mean in
+(9) can reach 1. The temperature lambda falls on a fixed curve. Noising a_0 to a_t, t = 1..T, with abar_t falling:
 
     q_{t|0}(a_t|a_0) = N(a_t; sqrt(abar_t) a_0, (1-abar_t) I)               forward kernel          (1)
     p_t(a_t|s) = ∫ pi(a_0|s) q_{t|0}(a_t|a_0) da_0                          noised policy           (2)
@@ -26,8 +26,8 @@ weight the pair by exp(Q(s,a_0)/lambda), or by 0 where a_0 is outside the box:
 
 This weight is Z(s) pi(a_0|s), so by (4) L is denoising score matching with every (s, a_t, t) weighted by
 ptilde_t(a_t|s) Z(s) abar_t^{d/2} > 0 instead of 1. A positive weight that does not depend on a_0 leaves the minimiser
-s_theta = ∇ log p_t(.|s) unchanged, since s_theta can be chosen independently at each (s, a_t, t): any proposal will
-do. Drawing a_0 from qtilde truncated to the box replaces the weight 0, but for one more such weight: 1 over qtilde's
+s_theta = ∇ log p_t(.|s) unchanged, since s_theta can be chosen independently at each (s, a_t, t): any proposal will do.
+Drawing a_0 from qtilde truncated to the box, in place of the weight 0, only adds another such weight: 1 over qtilde's
 probability of the box. With the predicted noise eps_theta = -sqrt(1-abar_t) s_theta, and M reverse samples a_0^k,
 
     a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k,   eps_k ~ N(0, I) with a_0^k in the box    (7)
@@ -36,7 +36,7 @@ probability of the box. With the predicted noise eps_theta = -sqrt(1-abar_t) s_t
 
 since (5) is -eps_k/sqrt(1-abar_t) at a_0^k, and the w_k add up to 1: one pass of eps_theta serves all M. The factor
 1/(1-abar_t) that (9) drops is a weight without a_0 too, and so is, for large M, the denominator of (8): M times a
-function of (s, a_t, t). For finite M it biases (9) towards equal w_k: by the order of 1/M where many count, else more.
+function of (s, a_t, t). For finite M it biases (9) towards equal w_k: by order 1/M where many count, else more.
 
 The algorithm, with two critics Q_j, moving averages Qbar_j of them and one of the policy, T = 5, N = M = 16:
      1  repeat
@@ -50,8 +50,8 @@ The algorithm, with two critics Q_j, moving averages Qbar_j of them and one of t
      8          policy: one step of Adam on (9), with a learning rate that falls from 3e-4 to 3e-5
      9      critics: one step of Adam on sum_j E (Q_j(s,a) - y)^2
     10      every 250th update
-    11          lambda: one step of Adam on (H - Hbar) log lambda, with Hbar = -0.9 d and H, the exploration
-                noise's entropy, which lambda alone determines, held fixed: std falls from 0.5 to 0.1 in 125,000 updates
+    11          lambda: one step of Adam on (H - Hbar) log lambda, Hbar = -0.9 d, without gradient through H, the
+                exploration noise's entropy, a function of lambda: std falls from 0.5 to 0.1 in 125,000 updates
     12      every second update
     13          averages: of the policy, and Qbar of Q, with step size 0.01
 
@@ -68,12 +68,12 @@ Where this file differs from the paper's official code (JAX, mahaitongdae/diffus
   - N = 16, M = 16 and T = 5 take less arithmetic; the betas grow as a fourth power, so more levels have little noise;
   - the proposal takes the buffer's actions: any proposal will do, and the policy's would have to be sampled;
   - reverse samples lie in the box, officially anywhere; tau = 0.01 every second update is SAC's 0.005 every update;
-  - denoising adds no noise: the steps after it would have to take it out again, for which the score learnt from M = 16
-    samples is too small, by its bias; and pi, clipped, is nearly a point, so that little spread is lost.
+  - denoising adds no noise: later steps would have to take it out again, for which the score learnt from M = 16 samples
+    is too small (the bias below (9)); and pi, clipped, is nearly a point, so that little spread is lost.
 - Actions are clipped to [-1, 1] after the exploration noise, in acting, in the target and in the policy's proposals;
   the official code does not, and MuJoCo's tasks then clip the motors' input, but not the action in the control cost.
-- As there: best-of-N in line 2, which the paper's first version leaves out; the averaged policy acts, and the online
-  one takes the action in the targets; denoising from N(0, 0.5^2 I), not N(0, I).
+- The same, but easily missed: best-of-N in line 2, which the paper's first version omits; the averaged policy acts, and
+  the online one takes the action in the targets; denoising from N(0, 0.5^2 I), not N(0, I).
 - `--soft-critic` adds lambda times the entropy of the exploration noise to the target, which the official code leaves
   out: on average the same number at every state, so a bonus or penalty per step of staying alive.
 """
@@ -157,7 +157,7 @@ class Args:
     target_particles: Count = 1  # the same for the actions in the critics' target
     bfloat16_sampling: bool = False  # denoise in bfloat16: native on GPUs and where `lscpu` has avx512_bf16 or amx_bf16
     num_reverse_samples: Count = 16  # M: reverse samples per noised action
-    proposal: Literal["policy", "replay"] = "replay"  # noise actions of the policy, best of N, or the buffer's
+    proposal: Literal["policy", "replay"] = "replay"  # noised: the policy's actions, best of N, or the buffer's
     bounded_reverse_sampling: bool = True  # draw reverse samples inside a box, besides clipping them for Q
     reverse_bound: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0  # half the width of that box
     soft_critic: bool = False  # add lambda times the entropy of the exploration noise to the critics' target
@@ -172,10 +172,10 @@ class Args:
 
 
 class Schedule(nn.Module):
-    """Noise schedule. t counts from 0 in the code, from 1 in the equations; a_0 has no noise in both. beta_t grows from
-    8e-5 to 0.7992 as a power of a linear function; abar_t is the product of 1 - beta_0 to 1 - beta_t. The tables (T,)
-    are made in float64: 1 - abar_0 would lose half its digits in float32. From a_t and a_0, DDPM's posterior of the
-    action one level below is N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2 I); for t = 0 it is a_0."""
+    """Noise schedule. t counts from 0 in the code, from 1 in the equations; a_0 is noise-free in both. beta_t grows
+    from 8e-5 to 0.7992, a power of a linear function; abar_t is the product of 1 - beta_0 to 1 - beta_t. The tables
+    (T,) are made in float64: 1 - abar_0 would lose half its digits in float32. From a_t and a_0, DDPM's posterior of
+    the action one level below is N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2 I); for t = 0 it is a_0."""
 
     start_std = 0.5  # of the Gaussian noise that denoising starts from, as in the official code; in DDPM 1
 
@@ -200,7 +200,7 @@ class Schedule(nn.Module):
         return self.sqrt_abar[t, None] * a_0 + self.sqrt_1m_abar[t, None] * eps
 
     def reverse_samples(self, a_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """a_0^k (B, M, d), equation (7), which is (1) solved for a_0, for a_t (B, d), t (B,) and eps (B, M, d)."""
+        """a_0^k (B, M, d), equation (7), from a_t (B, d), t (B,) and eps (B, M, d): (1) solved for a_0."""
         return (a_t / self.sqrt_abar[t, None])[:, None] - self.reverse_std[t, None, None] * eps
 
     def bounded_noise(self, a_t: Tensor, t: Tensor, u: Tensor, bound: float) -> Tensor:
@@ -208,12 +208,12 @@ class Schedule(nn.Module):
         a normal truncated to [low, high], drawn by inversion, eps = Phi^-1(Phi(low) + u (Phi(high) - Phi(low)))."""
         mean, std = (a_t / self.sqrt_abar[t, None])[:, None], self.reverse_std[t, None, None]
         low, high = (mean - bound) / std, (mean + bound) / std  # where a_0 is bound and -bound
-        # Float64 keeps enough digits of Phi near 1: a_t noised from an action in the box leaves low and -high below 6.
+        # Float64 keeps enough digits of Phi near 1: as a_t is noised from an action in the box, low stays below 6.
         below, above = torch.special.ndtr(low.double()), torch.special.ndtr(high.double())
         return torch.special.ndtri(below + u * (above - below)).to(a_t.dtype).clamp(low, high)
 
 
-# SPEED: factors are updates per second with a piece over those without it, Humanoid-v4's sizes, one core of a Xeon ----
+# SPEED: "1.6 times" means 1.6 times as many updates per second, at Humanoid-v4's sizes, on one core of a Xeon ---------
 
 
 class Mish(nn.Module):
@@ -230,7 +230,7 @@ def states_per_chunk(actions: int, device: torch.device) -> int:
     return max(1024 // actions, 1) if device.type == "cpu" else 10**9
 
 
-compiled = torch.compile(dynamic=False, mode="reduce-overhead")  # with the same on `gradients` below: 1.9 times
+compiled = torch.compile(dynamic=False, mode="reduce-overhead")  # 1.9 times, with that on `gradients` below
 
 
 # ALGO LOGIC: networks -----------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ class Policy(nn.Module):
 @compiled
 def denoise(policy: Policy, schedule: Schedule, observations: Tensor, a_t: Tensor, z: Tensor) -> Tensor:
     """N particles (B, N, d) for observations (B, o), from noise a_t (B, N, d). Each step predicts a_0, clips it and
-    goes to the mean of DDPM's posterior (see Schedule) plus its std times z[t]; z (T, B, N, d), by default 0."""
+    goes to the mean of DDPM's posterior (see Schedule) plus its std times z[t]; z (T, B, N, d)."""
     state, times = policy.state_layer(observations)[:, None], policy.time_share(torch.arange(len(z), device=z.device))
     for t in reversed(range(len(z))):
         predicted_eps = policy.trunk(policy.action_layer(a_t) + (state + times[t]))
@@ -330,10 +330,10 @@ class Batch(NamedTuple):  # of B transitions
     dones: Tensor  # (B,), 1 where the episode terminated; truncation does not count
 
 
-@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs on GPUs; SAC, TD3 on CPUs: 1.3 to 1.6 times as fast
+@torch.compile(dynamic=False, mode="reduce-overhead")  # CUDA graphs on GPUs; on CPUs SAC, TD3 1.3 to 1.6 times as fast
 def gradients(loss: Callable, parameters: list[Tensor], *inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """The gradients of a loss, and its metrics: one compiled graph, which `backward` would split, given
-    `trace_autograd_ops`. Losses are given their random numbers; compiled code would draw others than `--no-compile`."""
+    """The gradients of a loss, and its metrics. With `trace_autograd_ops` this is one compiled graph; `backward` would
+    split it. Losses are given their random numbers; compiled code would draw others than `--no-compile`."""
     value, metrics = loss(*inputs)
     return torch.autograd.grad(value, parameters), {name: metric.detach() for name, metric in metrics.items()}
 
@@ -381,7 +381,7 @@ class SDAC(nn.Module):
 
     @property
     def exploration_std(self) -> Tensor:
-        return self.args.exploration_noise * self.temperature / self.args.temperature
+        return self.args.exploration_noise * self.temperature / self.args.temperature  # 10 lambda by default
 
     @torch.no_grad()
     def act(self, observations: Tensor, explore: bool) -> Tensor:
@@ -440,7 +440,7 @@ class SDAC(nn.Module):
         """sum_k w_k eps_k of (9), (B, d), and the effective sample size 1/sum_k w_k^2 (harmonic mean over B)."""
         shape = (len(a_t), self.args.num_reverse_samples, self.action_dim)
         if self.args.bounded_reverse_sampling:
-            u = torch.rand(shape, dtype=torch.float64, device=a_t.device)  # float32's are 0 now and then: eps = -inf
+            u = torch.rand(shape, dtype=torch.float64, device=a_t.device)  # float32's are 0 now and then: a_0 at 2
             eps = self.schedule.bounded_noise(a_t, t, u, self.args.reverse_bound)
         else:
             eps = torch.randn(shape, device=a_t.device)
@@ -460,7 +460,7 @@ class SDAC(nn.Module):
         return qf1_loss + qf2_loss, {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf1_values": q1, "qf2_values": q2}
 
     def lambda_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """(H - Hbar) log lambda, with the entropy H = d/2 log(2 pi e std^2) of the exploration noise held fixed."""
+        """(H - Hbar) log lambda, H = d/2 log(2 pi e std^2), the entropy of the exploration noise, without gradient."""
         entropy = self.action_dim / 2 * torch.log(2 * math.pi * math.e * self.exploration_std**2)
         loss = self.log_lambda * (entropy - self.args.target_entropy_scale * self.action_dim)
         return loss, {"lambda": self.temperature}
@@ -578,7 +578,7 @@ def evaluate(agent: nn.Module, args: Args, device: torch.device, signals: list, 
             observations, rewards, terminations, truncations, _ = envs.step(actions.reshape(envs.action_space.shape))
             returns[running] += rewards[running]
             running &= ~(terminations | truncations)
-            if signals:  # the run ends here, without this evaluation
+            if signals:  # see `settings`; this evaluation is dropped
                 sys.exit(128 + signals[0])
             if not running.any():
                 break
@@ -622,14 +622,14 @@ def restore(folder: Path, agent: nn.Module, buffer: ReplayBuffer) -> tuple[int, 
 
 @contextlib.contextmanager
 def settings(args: Args) -> Iterator[list[int]]:
-    """Process-wide settings of a run, restored at the end. Yields a list that collects signals: they end the run
+    """Process-wide settings of a run, undone at the end. Yields a list that collects signals: they end the run
     between two steps, since an exception from a handler may get lost in a callback, or interrupt an update halfway."""
     signals, handlers = [], {}
 
     def handle(number: int, frame: object) -> None:
         signals.append(number)
         with contextlib.suppress(AttributeError, OSError):  # stderr may be closed; `print` is not safe in a handler
-            os.write(sys.stderr.fileno(), b"\nstopping after this step\n")
+            os.write(sys.stderr.fileno(), b"\nstopping before the next step\n")
 
     with contextlib.suppress(ValueError):  # only the main thread may set handlers
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -637,7 +637,7 @@ def settings(args: Args) -> Iterator[list[int]]:
                 handlers[number] = signal.signal(number, handle)
     torch.set_flush_denormal(True)  # CPUs are slow with numbers below 1e-38
     cpu, matmul = torch.cpu.get_capabilities(), torch.backends.mkldnn.matmul
-    # MKL leaves AMD's AVX-512 unused. "bf16" lets oneDNN multiply, in float32 if there is no AMX: 1.5 to 1.9 times
+    # MKL leaves AMD's AVX-512 unused. "bf16" means oneDNN, in float32 without AMX: 1.5 to 1.9 times as fast on AMD
     onednn = cpu.get("avx512_f") and not cpu.get("amx_bf16") and not torch.cuda.is_available()  # CUDA: not tried
     matmul.fp32_precision = "bf16" if onednn else "none"
     try:
@@ -727,7 +727,7 @@ def train(agent, buffer: ReplayBuffer, envs, args: Args, device: torch.device, f
                 # Act, line 2 of the algorithm
                 if step < args.learning_starts:
                     actions = 2 * torch.rand(args.num_envs, math.prod(shape[1:])).numpy() - 1
-                    bar.initial, bar.start_t = step, getattr(bar, "last_print_t", 0)  # the time left counts from here
+                    bar.initial, bar.start_t = step, getattr(bar, "last_print_t", 0)  # the bar's clock starts here
                 else:
                     actions = agent.act(torch.as_tensor(observations, device=device), explore=True).cpu().numpy()
 

@@ -217,7 +217,7 @@ def bounded_noise(mean: Tensor, std: Tensor, u: Tensor) -> Tensor:
     """Noise (n, M, 2) drawn from N(0, I) given that mean - std * noise is in the box, by inversion from uniform u of
     that shape, in float64; mean (n, 1, 2), std (n, 1, 1)."""
     low, high = (mean - 1) / std, (mean + 1) / std
-    # Float64 keeps enough digits of Phi near 1: a_t noised from a point of the box leaves low and -high below 6.
+    # Float64 keeps enough digits of Phi near 1: as a_t is noised from a point of the box, low stays below 6.
     below, above = torch.special.ndtr(low.double()), torch.special.ndtr(high.double())
     return torch.special.ndtri(below + u * (above - below)).to(mean.dtype).clamp(low, high)
 
@@ -271,7 +271,7 @@ def train_score(args: Args, draw: Callable) -> tuple[Tensor, Callable]:
 def run_rssm(target: Target, args: Args) -> tuple[Tensor, Callable]:
     def draw(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
         a_t = schedule.noised(2 * torch.rand(len(t), 2) - 1, t, torch.randn(len(t), 2))
-        u = torch.rand(len(t), args.num_reverse_samples, 2, dtype=torch.float64)  # float32: some 0, eps = -inf
+        u = torch.rand(len(t), args.num_reverse_samples, 2, dtype=torch.float64)  # float32: some 0, a_0 at 1
         return a_t, rssm_target(target.energy, schedule, a_t, t, u)
 
     return train_score(args, draw)

@@ -126,7 +126,7 @@ def test_ctrl_c_in_a_terminal_during_the_compilation(tmp_path):
     os.close(terminal)
     assert os.waitstatus_to_exitcode(status) == 130, output.decode()
     assert b"Traceback (most" not in output and b"KeyboardInterrupt" not in output, output.decode()
-    assert b"stopping after this step" in output
+    assert b"stopping before the next step" in output
     checkpoint = load(run_folder(tmp_path))
     assert checkpoint["step"] == checkpoint["updates"] == 0
 
