@@ -155,6 +155,7 @@ class Args:
     denoising_noise: Fraction = 0.0  # factor on the noise that denoising adds after each step
     num_particles: Count = 16  # N: actions denoised per state, of which the best by min(Q1, Q2) is played
     target_particles: Count = 1  # the same for the actions in the critics' target
+    target_noise: Fraction = 1.0  # factor on the exploration noise that is added to those
     bfloat16_sampling: bool = False  # denoise in bfloat16: native on GPUs and where `lscpu` has avx512_bf16 or amx_bf16
     num_reverse_samples: Count = 16  # M: reverse samples per noised action
     proposal: Literal["policy", "replay"] = "replay"  # noised: the policy's actions, best of N, or the buffer's
@@ -419,7 +420,7 @@ class SDAC(nn.Module):
         args, observations = self.args, batch.next_observations
         actions = self.best_of_n(self.policy, observations, args.target_particles)
         eps = torch.randn_like(actions)
-        next_q = min_q(self.target_critics, observations, self.perturbed(actions, eps))
+        next_q = min_q(self.target_critics, observations, self.perturbed(actions, args.target_noise * eps))
         if args.soft_critic:  # minus lambda times the log-density of the exploration noise
             log_prob = -0.5 * eps**2 - self.exploration_std.log() - 0.5 * math.log(2 * math.pi)
             next_q = next_q - self.temperature * log_prob.sum(1)

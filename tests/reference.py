@@ -213,7 +213,8 @@ class SDACReference:
         with torch.no_grad():
             next_actions = self.best_of_n(self.policy, batch.next_observations, args.target_particles, noise)
             eps = noise.pop(0)
-            next_q = sdac_min_q(self.target_critics, batch.next_observations, self.explored(next_actions, eps))
+            next_actions = self.explored(next_actions, args.target_noise * eps)
+            next_q = sdac_min_q(self.target_critics, batch.next_observations, next_actions)
             if args.soft_critic:
                 normal = torch.distributions.Normal(torch.zeros_like(std), std)
                 next_q = next_q - self.temperature * normal.log_prob(std * eps).sum(1)

@@ -143,7 +143,7 @@ def test_results_were_made_with_the_profiles_flags(profile):
     for path in (TESTS / "results" / profile).glob("*/*.json"):
         args = json.loads(path.read_text())["args"]
         later = {"bfloat16_sampling": False, "beta_power": 1.0, "reverse_bound": 1.0, "denoising_noise": 1.0}
-        args = later | args  # flags that came later
+        args = later | {"target_noise": 1.0} | args  # flags that came later
         if "noise_scale" in args:  # from before lambda was the temperature
             args["exploration_noise"] = args["noise_scale"] * args["lambda_start"]
         agent = path.stem.rsplit("-", 1)[0]

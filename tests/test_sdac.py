@@ -290,6 +290,7 @@ def test_initial_weights():
         {"diffusion_steps": 3, "beta_power": 7.0},
         {"reverse_bound": 1.5},
         {"denoising_noise": 0.5},
+        {"target_noise": 0.5},
         {"policy_frequency": 1, "policy_lr_decay_begin": 1, "policy_lr_decay_end": 3, "lambda_frequency": 2},
     ],
     ids=str,
