@@ -101,6 +101,9 @@ PROFILES = {
             " --num-reverse-samples 8 --num-particles 8",
             "sdac-cold": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --temperature 0.01"
             " --exploration-noise 0.15",
+            "sdac-calm": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --target-noise 0",
+            # A changed sdac.py made these runs, see the page: lambda in units of the standard deviation of Q
+            "sdac-std": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --temperature 0.5",
         },
     },
     # What limits a run's end: seed 1 of sdac-T5 above, continued with late.py (not by this script) with one change.
