@@ -172,6 +172,7 @@ PROFILES = {
         "agents": {
             "sdac": "--q-lr 1e-3 --policy-lr 1e-3",
             "sdac-cold": "--q-lr 1e-3 --policy-lr 1e-3 --temperature 0.01 --exploration-noise 0.15",
+            "sdac-calm": "--q-lr 1e-3 --policy-lr 1e-3 --target-noise 0",
             "qsm": "--q-gradient-scale 0.5 --q-lr 1e-3 --policy-lr 1e-3",
             "sac": "--q-lr 1e-3 --policy-lr 1e-3",
             "td3": "--learning-rate 1e-3",
