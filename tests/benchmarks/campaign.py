@@ -101,7 +101,6 @@ PROFILES = {
             " --num-reverse-samples 8 --num-particles 8",
             "sdac-cold": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --temperature 0.01"
             " --exploration-noise 0.15",
-            "sdac-calm": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --target-noise 0",
             # A changed sdac.py made these runs, see the page: lambda in units of the standard deviation of Q
             "sdac-std": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --temperature 0.5",
         },
@@ -155,7 +154,7 @@ PROFILES = {
         "tasks": ["Hopper-v4", "Swimmer-v4"],
         "seeds": [1],
         "flags": f"{PROTOCOL} --eval-frequency 20000 --eval-episodes 10",
-        "agents": {"sdac": "", "sac": ""},
+        "agents": {"sdac": "", "sdac-calm": "--target-noise 0", "sac": ""},
     },
     "small": {
         "tasks": ["InvertedPendulum-v4", "InvertedDoublePendulum-v4", "Reacher-v4", "Pusher-v5"],
