@@ -26,8 +26,8 @@ weight the pair by exp(Q(s,a_0)/lambda), or by 0 where a_0 is outside the box:
 
 This weight is Z(s) pi(a_0|s), so by (4) L is denoising score matching with every (s, a_t, t) weighted by
 ptilde_t(a_t|s) Z(s) abar_t^{d/2} > 0 instead of 1. A positive weight that does not depend on a_0 leaves the minimiser
-s_theta = ∇ log p_t(.|s) unchanged, since s_theta can be chosen independently at each (s, a_t, t): any proposal will do.
-Drawing a_0 from qtilde truncated to the box, in place of the weight 0, only adds another such weight: 1 over qtilde's
+s_theta = ∇ log p_t(.|s) unchanged, since s_theta can be chosen independently at each (s, a_t, t): any proposal will
+do. Drawing a_0 from qtilde truncated to the box, in place of the weight 0, only adds one more such weight: 1 over its
 probability of the box. With the predicted noise eps_theta = -sqrt(1-abar_t) s_theta, and M reverse samples a_0^k,
 
     a_0^k = a_t/sqrt(abar_t) - sqrt(1/abar_t - 1) eps_k,   eps_k ~ N(0, I) with a_0^k in the box    (7)
@@ -174,7 +174,7 @@ class Args:
 
 class Schedule(nn.Module):
     """Noise schedule. t counts from 0 in the code, from 1 in the equations; a_0 is noise-free in both. beta_t grows
-    from 8e-5 to 0.7992, a power of a linear function; abar_t is the product of 1 - beta_0 to 1 - beta_t. The tables
+    from 8e-5 to 0.7992 as a power of a linear function; abar_t is the product of 1 - beta_0 to 1 - beta_t. The tables
     (T,) are made in float64: 1 - abar_0 would lose half its digits in float32. From a_t and a_0, DDPM's posterior of
     the action one level below is N(mean_a0_t a_0 + mean_at_t a_t, posterior_std_t^2 I); for t = 0 it is a_0."""
 
