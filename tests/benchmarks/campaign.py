@@ -101,6 +101,10 @@ PROFILES = {
             " --num-reverse-samples 8 --num-particles 8",
             "sdac-cold": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --temperature 0.01"
             " --exploration-noise 0.15",
+            "sdac-calm": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --target-noise 0",
+            "sdac-targetnoise04": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --target-noise 0.4",
+            "sdac-explore02": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --exploration-noise 0.2",
+            "sdac-qlr": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --q-lr 1e-3",
             # A changed sdac.py made these runs, see the page: lambda in units of the standard deviation of Q
             "sdac-std": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --temperature 0.5",
         },
@@ -172,6 +176,8 @@ PROFILES = {
             "sdac": "--q-lr 1e-3 --policy-lr 1e-3",
             "sdac-cold": "--q-lr 1e-3 --policy-lr 1e-3 --temperature 0.01 --exploration-noise 0.15",
             "sdac-calm": "--q-lr 1e-3 --policy-lr 1e-3 --target-noise 0",
+            "sdac-targetnoise04": "--q-lr 1e-3 --policy-lr 1e-3 --target-noise 0.4",
+            "sdac-explore02": "--q-lr 1e-3 --policy-lr 1e-3 --exploration-noise 0.2",
             "qsm": "--q-gradient-scale 0.5 --q-lr 1e-3 --policy-lr 1e-3",
             "sac": "--q-lr 1e-3 --policy-lr 1e-3",
             "td3": "--learning-rate 1e-3",
