@@ -25,6 +25,7 @@ UNFINISHED = {  # stopped after so many steps, some of runs that should have bee
     "screening/Ant-v4/sdac-power4-bound125-1": 160_000,
     "screening/Ant-v4/sdac-power4-bound2-1": 120_000,
     "screening/Ant-v4/sdac-power4-bound2-noise05-1": 280_000,
+    "screening/Ant-v4/sdac-qlr-1": 720_000,
     "screening/HalfCheetah-v4/sdac-explore02-1": 380_000,
     "screening/HalfCheetah-v4/sdac-power2-T10-M8-1": 280_000,
     "screening/HalfCheetah-v4/sdac-power4-bound2-1": 280_000,
