@@ -105,6 +105,9 @@ PROFILES = {
             "sdac-targetnoise04": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --target-noise 0.4",
             "sdac-explore02": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --exploration-noise 0.2",
             "sdac-qlr": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --q-lr 1e-3",
+            "sdac-qlr6": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --q-lr 6e-4",
+            "sdac-qlr6-targetnoise04": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --q-lr 6e-4"
+            " --target-noise 0.4",
             # A changed sdac.py made these runs, see the page: lambda in units of the standard deviation of Q
             "sdac-std": "--beta-power 4 --reverse-bound 2 --denoising-noise 0 --temperature 0.5",
         },
@@ -158,7 +161,13 @@ PROFILES = {
         "tasks": ["Hopper-v4", "Swimmer-v4"],
         "seeds": [1],
         "flags": f"{PROTOCOL} --eval-frequency 20000 --eval-episodes 10",
-        "agents": {"sdac": "", "sdac-calm": "--target-noise 0", "sac": ""},
+        "agents": {
+            "sdac": "",
+            "sdac-calm": "--target-noise 0",
+            "sdac-targetnoise04": "--target-noise 0.4",
+            "sdac-qlr6": "--q-lr 6e-4",
+            "sac": "",
+        },
     },
     "small": {
         "tasks": ["InvertedPendulum-v4", "InvertedDoublePendulum-v4", "Reacher-v4", "Pusher-v5"],
