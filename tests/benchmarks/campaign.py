@@ -50,6 +50,7 @@ PROFILES = {
             "sdac": "",
             "sdac-linear": LINEAR,
             "sdac-T20": T20,
+            "sdac-qlr6": "--q-lr 6e-4",
             "qsm": "--q-gradient-scale 5",
             "sac": "",
             "sac-u5": "--updates-per-step 5",  # the baselines with as many updates as steps
