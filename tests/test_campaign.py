@@ -22,6 +22,7 @@ import campaign  # noqa: E402
 PROFILES_WITH_RESULTS = sorted({path.parent.parent.name for path in (TESTS / "results").glob("*/*/*.csv")})
 UNFINISHED = {  # stopped after so many steps, some of runs that should have been longer than their profile's
     "gpu/HalfCheetah-v4/sdac-official-1": 240_000,
+    "locomotion/Humanoid-v4/sdac-qlr6-1": 820_000,
     "screening/Ant-v4/sdac-power4-bound125-1": 160_000,
     "screening/Ant-v4/sdac-power4-bound2-1": 120_000,
     "screening/Ant-v4/sdac-power4-bound2-noise05-1": 280_000,
